@@ -110,7 +110,7 @@ def test_no_module_calls_home_when_imported():
 @pytest.mark.parametrize("notebook", LIBRARY+COMPS+FLOWS+BENCHES, ids=lambda p: p.stem)
 def test_notebook_opens_with_title_and_one_line(notebook):
     first = cells(notebook, "markdown")[0]
-    assert re.match(r"# .+\n>\s.+", first), first[:80]
+    assert re.match(r"# .+\n+>\s.+", first), first[:80]
 
 
 @pytest.mark.parametrize("notebook", LIBRARY+COMPS, ids=lambda p: p.stem)
