@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['UNIT_COLUMNS', 'AUGMENTS', 'as_size', 'label_targets', 'network_boxes', 'augment_steps', 'make_augment',
            'seed_augment', 'check_cached', 'boxes_by_image', 'RadiographDataset', 'check_image', 'apply_augment',
-           'collate', 'EpochSampler', 'calm_worker', 'make_loader', 'batch_statistics', 'check_same_statistics']
+           'collate', 'EpochSampler', 'calm_worker', 'make_loader', 'Normalize', 'batch_statistics',
+           'check_same_statistics']
 
 # %% ../nbs/20_datasets.ipynb #6526c3a4
 import os, random
@@ -256,6 +257,30 @@ def make_loader(
                       drop_last=drop_last, pin_memory=torch.cuda.is_available(), worker_init_fn=calm_worker, generator=torch.Generator().manual_seed(seed))
 
 # %% ../nbs/20_datasets.ipynb #c73eea47
+class Normalize(torch.nn.Module):
+    "8-bit radiographs → what a network expects: scaled, normalised, as many channels as it has."
+    def __init__(self,
+        size:tuple[int,int], # (height, width) the network was built for
+        mean:tuple[float,...]=(.449,), # of images scaled to 0…1; one value, or one a channel
+        std:tuple[float,...]=(.226,), # likewise
+        in_chans:int=3, # channels of the network's input
+    ):
+        super().__init__()
+        if len(mean) not in (1, in_chans) or len(std) not in (1, in_chans) or min(std) <= 0:
+            raise ValueError(f"normalisation: expected 1 or {in_chans} means and positive standard deviations, got {mean} and {std}")
+        self.size, self.in_chans = tuple(size), in_chans
+        for name, values in (("scale", 1/(255*torch.tensor(std))), ("shift", torch.tensor(mean)/torch.tensor(std))):
+            self.register_buffer(name, values[:, None, None], persistent=False)
+
+    def forward(self,
+        image:torch.Tensor, # (b,1,h,w) uint8
+    )->torch.Tensor: # (b,in_chans,h,w) float32
+        if image.dtype != torch.uint8: raise ValueError(f"batch: expected uint8 images, got {image.dtype}; hand images on as they come out of the cache, normalised images would be normalised twice")
+        if image.shape[1:] != (1, *self.size):
+            raise ValueError(f"batch: expected images (b, 1, {self.size[0]}, {self.size[1]}), the size this network was trained for, got {tuple(image.shape)}; make the dataset with size=task.config.size")
+        return (image*self.scale-self.shift).expand(-1, self.in_chans, -1, -1)
+
+# %% ../nbs/20_datasets.ipynb #c42b7512
 def batch_statistics(
     dataset:RadiographDataset, # items
     most:int=64, # how many items, evenly spaced
@@ -265,7 +290,7 @@ def batch_statistics(
     images = np.stack([np.asarray(dataset[int(i)]["image"]) for i in index])
     return {"mean": float(images.mean()), "std": float(images.std()), "n": len(index)}
 
-# %% ../nbs/20_datasets.ipynb #59149d45
+# %% ../nbs/20_datasets.ipynb #c821b7ab
 def check_same_statistics(
     train_set:RadiographDataset, # with augmentation
     valid_set:RadiographDataset, # without

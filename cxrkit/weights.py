@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 # %% ../nbs/20_weights.ipynb #4e840356
-PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "ema.", "ema_model.", "student.", "_model.") # wrappers, taken off
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "bench.", "ema.", "ema_model.", "student.", "_model.") # wrappers, taken off
 DERIVED = ("anchors.boxes",) # computed from the configuration, never loaded
 
 
