@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FoldLeak', 'some', 'check_pairs', 'group_images', 'trait_matrix', 'deal_groups', 'check_fold_input', 'make_folds',
-           'crossings', 'find_leaks', 'audit_folds', 'fold_shares', 'split_fold', 'oversample']
+           'crossings', 'find_leaks', 'audit_folds', 'fold_shares', 'perceptual_hash', 'near_duplicates', 'split_fold',
+           'oversample']
 
 # %% ../nbs/11_folds.ipynb #44e0b9f1
 from collections.abc import Iterable, Mapping
@@ -123,7 +124,8 @@ def make_folds(
 )->pd.DataFrame: # `folds`: image_id, patient_id (study_id where unknown), fold
     "Folds of training images, grouped by patient, study and near-duplicates, alike in labels and number of images."
     train, labels = check_fold_input(images, labels)
-    if pairs is not None: pairs = pairs[pairs.image_id_a.isin(train.image_id) & pairs.image_id_b.isin(train.image_id)]
+    pairs = check_pairs(pairs, images.image_id)
+    pairs = pairs[pairs.isin(set(train.image_id)).all(axis=1)]
     groups = group_images(train, pairs)
     n_groups = groups.max()+1
     if not 2 <= n_folds <= n_groups: raise ValueError(f"n_folds: expected 2 to {n_groups} (there are {n_groups} groups of patients), got {n_folds}")
@@ -202,6 +204,38 @@ def fold_shares(
     return pd.DataFrame(out)
 
 # %% ../nbs/11_folds.ipynb #005a4db3
+def perceptual_hash(
+    image:np.ndarray, # (h,w) uint8
+    n_waves:int=16, # waves in each direction
+)->np.ndarray: # (n_waves²−1,) bool
+    "Signs of the coarsest waves of an image, around their median."
+    import cv2
+    waves = cv2.dct(cv2.resize(image, (64, 64), interpolation=cv2.INTER_AREA).astype(np.float32))[:n_waves, :n_waves].ravel()[1:]
+    return waves > np.median(waves)
+
+# %% ../nbs/11_folds.ipynb #118407b9
+def near_duplicates(
+    cache:Mapping[str,np.ndarray], # image_id → (h,w) uint8, as from `cxrkit.dicom.open_cache`
+    images:pd.DataFrame, # `images` to compare with each other
+    max_distance:float=.12, # largest share of differing bits, 0…1
+    block:int=1024, # rows compared at once
+)->pd.DataFrame: # image_id_a, image_id_b, distance, same_patient; nearest first
+    "Pairs of images that look the same; blank images are left out."
+    ids = np.array(sorted(images.image_id), object)
+    hashes = np.array([perceptual_hash(cache[i]) for i in ids]).reshape(len(ids), -1)
+    ids, signs = ids[hashes.any(axis=1)], np.where(hashes[hashes.any(axis=1)], 1, -1).astype(np.float32)
+    found = []
+    for start in range(0, len(ids), block):
+        distance = (1-signs[start:start+block] @ signs.T/signs.shape[1])/2
+        a, b = np.nonzero(distance <= max_distance)
+        keep = a+start < b
+        found.append(pd.DataFrame({"image_id_a": ids[a[keep]+start], "image_id_b": ids[b[keep]], "distance": distance[a[keep], b[keep]].astype(float)}))
+    out = pd.concat([pd.DataFrame({"image_id_a": [], "image_id_b": [], "distance": []}, dtype=object).astype({"distance": float}), *found])
+    patient = images.set_index("image_id").patient_id
+    out["same_patient"] = patient.reindex(out.image_id_a).to_numpy() == patient.reindex(out.image_id_b).to_numpy()
+    return out.sort_values(["distance", "image_id_a", "image_id_b"], ignore_index=True)
+
+# %% ../nbs/11_folds.ipynb #1a21a395
 def split_fold(
     folds:pd.DataFrame, # `folds`
     fold:int, # the fold to hold out
@@ -212,7 +246,7 @@ def split_fold(
     inside = folds.fold == fold
     return folds.image_id[~inside].tolist(), folds.image_id[inside].tolist()
 
-# %% ../nbs/11_folds.ipynb #118407b9
+# %% ../nbs/11_folds.ipynb #c73eea47
 def oversample(
     folds:pd.DataFrame, # `folds`, one row an image
     fold:int, # the fold held out; none of its images is returned
