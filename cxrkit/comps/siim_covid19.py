@@ -323,7 +323,8 @@ def check_answers(
     both = wanted.merge(preds, on=["level", "unit_id", "label"], how="outer", indicator=True)
     sides = {"left_only": "unit label(s) without a prediction", "right_only": "prediction(s) that the sample does not ask for"}
     found = [f"{len(rows)} {what}, such as {words(rows)}" for side, what in sides.items() if len(rows := both[both._merge == side])]
-    if found: raise ValueError(f"cls_preds: {'; '.join(found)}; expected exactly one row for each of {len(wanted)} units × labels. Were out-of-fold predictions passed for the test set?")
+    if found: raise ValueError(f"cls_preds: {'; '.join(found)}; expected exactly one row for each of {len(wanted)} units × labels. "
+                                f"{'Were out-of-fold predictions passed for the test set?' if len(found) == 2 else 'only=(label, …) writes a part of the labels alone'}")
     return preds
 
 # %% ../../nbs/comps/00_siim_covid19.ipynb #59149d45
