@@ -161,7 +161,8 @@ class Classifier(torch.nn.Module):
         super().__init__()
         self.config = config
         self.normalize = Normalize(config.size, config.mean, config.std, config.in_chans)
-        self.net, self.weights_from = make_net(config)
+        net, self.weights_from = make_net(config)
+        self.net = net.to(memory_format=torch.channels_last)
 
     def logits(self, image:torch.Tensor)->torch.Tensor: # (b,1,h,w) uint8 → (b,n)
         return self.net(self.normalize(image))

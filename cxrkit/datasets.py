@@ -278,7 +278,7 @@ class Normalize(torch.nn.Module):
         if image.dtype != torch.uint8: raise ValueError(f"batch: expected uint8 images, got {image.dtype}; hand images on as they come out of the cache, normalised images would be normalised twice")
         if image.shape[1:] != (1, *self.size):
             raise ValueError(f"batch: expected images (b, 1, {self.size[0]}, {self.size[1]}), the size this network was trained for, got {tuple(image.shape)}; make the dataset with size=task.config.size")
-        return (image*self.scale-self.shift).expand(-1, self.in_chans, -1, -1)
+        return (image*self.scale-self.shift).expand(-1, self.in_chans, -1, -1).contiguous(memory_format=torch.channels_last)
 
 # %% ../nbs/20_datasets.ipynb #c42b7512
 def batch_statistics(

@@ -136,7 +136,7 @@ def effdet_config(
     "effdet's configuration, from ours."
     check_detector(config.backbone)
     theirs = effdet.get_efficientdet_config(config.backbone)
-    theirs.image_size, theirs.num_classes = list(config.size), len(config.labels)
+    theirs.image_size, theirs.num_classes = config.size, len(config.labels)
     per_cell = theirs.num_scales*len(theirs.aspect_ratios)
     theirs.max_detection_points = min(config.max_candidates, n_anchors(config.size, per_cell)*len(config.labels))
     theirs.max_det_per_image, theirs.soft_nms = config.max_detections, config.soft_nms
@@ -215,7 +215,8 @@ class Detector(torch.nn.Module):
         super().__init__()
         self.config = config
         self.normalize = Normalize(config.size, config.mean, config.std, config.in_chans)
-        self.net, self.weights_from = make_detector_net(config)
+        net, self.weights_from = make_detector_net(config)
+        self.net = net.to(memory_format=torch.channels_last)
         self.anchors = Anchors.from_config(self.net.config)
         self.anchors._non_persistent_buffers_set.add("boxes") # follows from the size, is not saved
         self.labeler = AnchorLabeler(self.anchors, len(config.labels), match_threshold=.5)
