@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NO_OWNER', 'ARCHIVES', 'PICKLES', 'TOP_LEVEL', 'KEPT', 'SOURCES', 'PackageError', 'check_metadata', 'fill_owner',
-           'safe_name', 'refuse_reason', 'check_names', 'clear_package', 'place_file', 'pack_folder', 'run_git',
-           'describe_commit', 'copy_sources', 'check_in_sync', 'build_wheel', 'package_code']
+           'safe_name', 'refuse_reason', 'check_names', 'kept_files', 'clear_package', 'open_folder', 'place_file',
+           'pack_folder', 'run_git', 'describe_commit', 'copy_sources', 'check_in_sync', 'build_wheel', 'package_code']
 
 # %% ../nbs/30_package.ipynb #44e0b9f1
 import json, os, re, shutil, subprocess, sys, tempfile
@@ -95,7 +95,14 @@ def check_names(
     return safe
 
 # %% ../nbs/30_package.ipynb #75ea117a
-KEPT = ("build.py",) # part of a dataset's folder and of the dataset: the recipe travels along
+KEPT = ("build.py", "image-*.txt", "lock-*.txt") # live in the repository and travel along: the recipe, the fact sheets, the locks
+
+
+def kept_files(
+    folder:Path, # of a dataset
+)->set[str]: # names
+    "The committed files of a dataset's folder, which belong to the dataset and are never removed."
+    return {p.name for pattern in KEPT for p in folder.glob(pattern)}
 
 
 def clear_package(
@@ -103,15 +110,29 @@ def clear_package(
     wanted:set[str], # safe names of the new one
 )->None:
     "Remove what an earlier package left; refuse files of unknown origin."
+    kept = kept_files(folder)
     try: old = set(json.loads((folder/MANIFEST).read_text())["files"])
     except (OSError, ValueError, KeyError): old = set()
     (folder/FINGERPRINT).unlink(missing_ok=True)
-    for name in old-wanted-set(KEPT): (folder/name).unlink(missing_ok=True)
+    for name in old-wanted-kept: (folder/name).unlink(missing_ok=True)
     there = {p.name for p in folder.iterdir() if not p.name.startswith(".")}
-    if strangers := sorted(there-wanted-{METADATA, MANIFEST, FINGERPRINT, *KEPT, "__pycache__"}-old):
+    if strangers := sorted(there-wanted-kept-{METADATA, MANIFEST, FINGERPRINT, "__pycache__"}-old):
         raise PackageError(f"{folder}: {', '.join(strangers[:5])} did not come from cxrkit package and would be uploaded; move it away")
 
 # %% ../nbs/30_package.ipynb #a2018980
+def open_folder(
+    out:str|Path|None, # dataset's folder; None: the project's own
+    kind:str, # 'code', 'wheels' or 'models'
+    root:Path, # project
+)->Path: # the folder, with its metadata
+    "The folder of a dataset; a new one begins with the metadata of the project's."
+    home = root/"kaggle_datasets"/kind
+    out = Path(out or home)
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out/METADATA).is_file() and (home/METADATA).is_file(): shutil.copyfile(home/METADATA, out/METADATA)
+    return out
+
+# %% ../nbs/30_package.ipynb #e79a6e49
 def place_file(
     source:Path, # file to copy
     target:Path, # where to
@@ -124,7 +145,7 @@ def place_file(
         os.replace(part, target)
     finally: part.unlink(missing_ok=True)
 
-# %% ../nbs/30_package.ipynb #e79a6e49
+# %% ../nbs/30_package.ipynb #c5c71844
 def pack_folder(
     out:str|Path, # folder of the dataset, with its dataset-metadata.json
     kind:str, # 'code', 'wheels' or 'models'
@@ -138,13 +159,13 @@ def pack_folder(
     if missing := [str(p) for p in sources.values() if not Path(p).is_file()]: raise PackageError(f"{kind}: no file {missing[0]}")
     if kind not in KINDS: raise PackageError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     fill_owner(out, owner, slug)
-    names = check_names([*sources, *(k for k in KEPT if (out/k).is_file())])
+    names = check_names([*sources, *sorted(kept_files(out)-set(sources))])
     clear_package(out, set(names))
     for safe, real in names.items():
         if real in sources: place_file(Path(sources[real]), out/safe)
     return write_manifest(out, kind, names, facts)
 
-# %% ../nbs/30_package.ipynb #04875f6e
+# %% ../nbs/30_package.ipynb #e0fd9503
 SOURCES = ("nbs", "cxrkit", "settings.ini", "setup.py") # what decides the content of the wheel
 
 
@@ -157,7 +178,7 @@ def run_git(
     except FileNotFoundError: return None
     return done.stdout.strip() if done.returncode == 0 else None
 
-# %% ../nbs/30_package.ipynb #e0fd9503
+# %% ../nbs/30_package.ipynb #c3c5b5b7
 def describe_commit(
     root:Path, # project
     allow_dirty:bool=False, # accept changes that are not committed, or no repository at all
@@ -171,7 +192,7 @@ def describe_commit(
     build = f"0g{commit[:8]}" if commit != "unknown" else "0unknown"
     return commit+("-dirty" if changes else ""), build+(".dirty" if changes else "")
 
-# %% ../nbs/30_package.ipynb #c3c5b5b7
+# %% ../nbs/30_package.ipynb #95f5ba03
 def copy_sources(
     root:Path, # project
     to:Path, # empty folder
@@ -184,7 +205,7 @@ def copy_sources(
     for folder in ("cxrkit", *(["nbs"] if notebooks else [])): shutil.copytree(root/folder, to/folder, ignore=skip)
     return to
 
-# %% ../nbs/30_package.ipynb #95f5ba03
+# %% ../nbs/30_package.ipynb #7baf2d5e
 def check_in_sync(
     root:Path, # project
 )->None:
@@ -202,7 +223,7 @@ def check_in_sync(
     if differ := sorted(n for n in {*ours, *exported} if ours.get(n) != exported.get(n)):
         raise PackageError(f"code: {', '.join(differ[:5])} {'differs' if len(differ) == 1 else 'differ'} from what the notebooks export; run make sync, look at the difference, commit")
 
-# %% ../nbs/30_package.ipynb #17704b69
+# %% ../nbs/30_package.ipynb #562ae44c
 def build_wheel(
     root:Path, # project
     out:Path, # folder for the wheel
@@ -222,7 +243,7 @@ def build_wheel(
         if done.returncode or len(wheels) != 1: raise PackageError(f"code: the wheel could not be built: {(done.stderr or done.stdout).strip()[-600:]}")
         return Path(shutil.copy(wheels[0], out))
 
-# %% ../nbs/30_package.ipynb #562ae44c
+# %% ../nbs/30_package.ipynb #614e38ed
 def package_code(
     out:str|Path|None=None, # dataset's folder; None: kaggle_datasets/code of the project
     owner:str|None=None, # Kaggle user; None: as the metadata says
@@ -238,4 +259,4 @@ def package_code(
     with tempfile.TemporaryDirectory() as desk:
         wheel = build_wheel(root, Path(desk), commit, build)
         facts = {"commit": commit, "version": wheel.name.split("-")[1], "wheel": wheel.name}
-        return pack_folder(out or root/"kaggle_datasets"/"code", "code", {wheel.name: wheel}, facts, owner, slug)
+        return pack_folder(open_folder(out, "code", root), "code", {wheel.name: wheel}, facts, owner, slug)
