@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['BOOKKEEPING', 'VOLATILE', 'PACKAGES', 'project_root', 'shown_path', 'near_names', 'flow_notebook', 'code_cells',
            'flow_parameters', 'check_params', 'gather_params', 'strip_comments', 'imported_names', 'module_file',
-           'code_hashes', 'sha256_file', 'data_fingerprint', 'file_table', 'content_hash', 'RunCorrupt', 'check_files',
-           'describe_environment', 'write_json']
+           'code_of', 'code_hashes', 'sha256_file', 'data_fingerprint', 'file_table', 'content_hash', 'RunCorrupt',
+           'check_files', 'describe_environment', 'write_json']
 
 # %% ../nbs/02_provenance.ipynb #44e0b9f1
 import ast, difflib, hashlib, importlib.util, io, json, os, platform, sys, tokenize
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
@@ -161,7 +162,16 @@ def module_file(
     for path in (package.joinpath(*rest).with_suffix(".py"), package.joinpath(*rest, "__init__.py")):
         if path.is_file(): return path
 
-# %% ../nbs/02_provenance.ipynb #614e38ed
+# %% ../nbs/02_provenance.ipynb #562ae44c
+@lru_cache(maxsize=1024)
+def code_of(
+    source:str, # Python
+    module:str="", # dotted name of the module it is
+)->tuple[str,tuple[str,...]]: # sha256 of the code without comments, names it imports
+    "What a text is worth: remembered, since a sweep asks for the same modules for every run."
+    return hashlib.sha256(strip_comments(source).encode()).hexdigest(), tuple(sorted(imported_names(source, module)))
+
+# %% ../nbs/02_provenance.ipynb #4243d3ea
 def code_hashes(
     notebook:str|Path, # flow notebook
     comp:str|None=None, # competition whose module the flow loads by name
@@ -170,7 +180,7 @@ def code_hashes(
     "The code that decides what a flow does, piece by piece."
     hashes, text, names = {}, [], {comp if "." in (comp or "") else f"cxrkit.comps.{comp}"}
     for i, (tags, source) in enumerate(code_cells(notebook)):
-        try: names |= imported_names(source)
+        try: names |= set(code_of(source)[1])
         except SyntaxError as e: raise ValueError(f"{Path(notebook).name}: code cell {i+1} is not valid Python, line {e.lineno}: {e.msg}") from None
         if "parameters" not in tags: text.append(strip_comments(source))
     hashes["notebook"] = hashlib.sha256("\n\n".join(text).encode()).hexdigest()
@@ -179,12 +189,11 @@ def code_hashes(
         module = todo.pop()
         path = module_file(module, package) if module not in hashes else None
         if path is None: continue
-        source = path.read_text(encoding="utf-8")
-        hashes[module] = hashlib.sha256(strip_comments(source).encode()).hexdigest()
-        todo += sorted(imported_names(source, module if path.stem != "__init__" else f"{module}.__init__"))
+        hashes[module], imported = code_of(path.read_text(encoding="utf-8"), module if path.stem != "__init__" else f"{module}.__init__")
+        todo += imported
     return dict(sorted(hashes.items()))
 
-# %% ../nbs/02_provenance.ipynb #62e83953
+# %% ../nbs/02_provenance.ipynb #3c928854
 def sha256_file(
     path:str|Path, # file
 )->str: # hexadecimal
@@ -207,7 +216,7 @@ def data_fingerprint(
             digest.update(f"{path.relative_to(folder).as_posix()} {size} {content}\n".encode())
     return digest.hexdigest()
 
-# %% ../nbs/02_provenance.ipynb #6e7ccd54
+# %% ../nbs/02_provenance.ipynb #917c4f79
 VOLATILE = ("notebook.ipynb", "env.json", "log.csv") # differ between two runs with equal results
 
 
@@ -227,7 +236,7 @@ def content_hash(
     "One hash for what a run found: its files without the volatile ones."
     return hashlib.sha256("\n".join(f"{name} {f['sha256']}" for name, f in sorted(files.items()) if name not in VOLATILE).encode()).hexdigest()
 
-# %% ../nbs/02_provenance.ipynb #917c4f79
+# %% ../nbs/02_provenance.ipynb #62a9baa6
 class RunCorrupt(ValueError):
     "A sealed run whose files are not those that were sealed."
 
@@ -251,7 +260,7 @@ def check_files(
         more = f" (and {len(problems)-5} more)" if len(problems) > 5 else ""
         raise RunCorrupt(f"{folder}: not as it was sealed: "+"; ".join(problems[:5])+more+". Delete the folder and run it again; sealed runs are never edited")
 
-# %% ../nbs/02_provenance.ipynb #118407b9
+# %% ../nbs/02_provenance.ipynb #0603fcaa
 PACKAGES = ("cxrkit", "torch", "torchvision", "timm", "effdet", "accelerate", "albumentations", "numpy", "pandas", "pyarrow", "numba", "scikit-learn", "pydicom",
             "imagecodecs", "python-gdcm", "opencv-python-headless", "safetensors", "papermill", "ipykernel")
 
@@ -266,7 +275,7 @@ def describe_environment()->dict: # for env.json: no path, no host, no user
     return dict(python=platform.python_version(), platform=f"{platform.system()} {platform.machine()}", gpu=gpu,
                 threads=os.environ.get("OMP_NUM_THREADS"), packages={p: version(p) for p in PACKAGES if version(p)})
 
-# %% ../nbs/02_provenance.ipynb #cb6d7214
+# %% ../nbs/02_provenance.ipynb #011aa1c4
 def write_json(
     path:str|Path, # target
     value:object, # JSON-able

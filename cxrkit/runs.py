@@ -376,4 +376,6 @@ def ledger(
         rows.append(row|dict(seconds=env.get("seconds"), sealed=load_manifest(run.folder)["sealed"]))
     first, last = ["comp", "flow", "name", "fold", "id"], ["seconds", "sealed"]
     table = pd.DataFrame(rows, columns=first+[c for c in dict.fromkeys(k for row in rows for k in row) if c not in first+last]+last)
-    return table.astype({"fold": "Int64", "seconds": float})
+    table = table.astype({"fold": "Int64", "seconds": float})
+    table.attrs = dict(params=[c for c in table if any(c == k for _, k in values)], scores=[c for c in table if c not in first+last and not any(c == k for _, k in values)])
+    return table
