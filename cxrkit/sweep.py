@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .plan import PlannedRun, Sweep, plan_sweep, read_sweep, settle
-from .provenance import check_files, flow_notebook, project_root, shown_path
+from .provenance import check_files, flow_notebook, library_folder, project_root, shown_path
 from .runs import LOCKS, Run, RunBusy, load_manifest, lock_folder, seal_folder
 
 # %% ../nbs/32_sweep.ipynb #62840281
@@ -49,7 +49,7 @@ def child_environment(
     gpu:str|None, # id of its GPU
 )->dict[str,str]: # for `subprocess.Popen`
     "The environment of one run: its threads, its GPU, this very copy of cxrkit."
-    library = str(Path(sys.modules[plan_sweep.__module__].__file__).parents[1])
+    library = str(library_folder().parent)
     own = {v: str(threads) for v in THREAD_VARIABLES}|({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
     own |= dict(OMP_WAIT_POLICY="PASSIVE", PYTHONHASHSEED="0", NO_ALBUMENTATIONS_UPDATE="1", CXRKIT_LAUNCHER="1", CXRKIT_RUN=f"{run.flow}/{run.run_id}",
                 CXRKIT_HOME=str(run.folder.parents[3]), PYTHONPATH=os.pathsep.join(filter(None, [library, os.environ.get("PYTHONPATH")])))
@@ -204,7 +204,7 @@ def start_task(
     partial.mkdir(parents=True, exist_ok=True)
     (partial/"notebook.ipynb").unlink(missing_ok=True)
     notebook = flow_notebook(task.run.flow, launch.root)
-    job = dict(notebook=str(notebook.relative_to(launch.root)), partial=str(partial.relative_to(launch.root)), params=task.run.params)
+    job = dict(notebook=os.path.relpath(notebook, launch.root), partial=str(partial.relative_to(launch.root)), params=task.run.params)
     code = DIE_WITH_PARENT+"from cxrkit.sweep import child_main\nchild_main()"
     environment = child_environment(task.run, launch.threads, launch.gpus[slot] if launch.gpus else None)
     with open(partial/"launch.log", "wb") as log:
