@@ -222,7 +222,7 @@ def near_duplicates(
 )->pd.DataFrame: # image_id_a, image_id_b, distance, same_patient; nearest first
     "Pairs of images that look the same; blank images are left out."
     ids = np.array(sorted(images.image_id), object)
-    hashes = np.array([perceptual_hash(cache[i]) for i in ids]).reshape(len(ids), -1)
+    hashes = np.array([perceptual_hash(cache[i]) for i in ids]) if len(ids) else np.zeros((0, 1), bool)
     ids, signs = ids[hashes.any(axis=1)], np.where(hashes[hashes.any(axis=1)], 1, -1).astype(np.float32)
     found = []
     for start in range(0, len(ids), block):
