@@ -118,7 +118,7 @@ def verify_package(
     "Check a packed dataset down to the last byte."
     folder = Path(folder)
     manifest = read_manifest(folder, kind)
-    more = sorted(p.name for p in folder.iterdir() if p.name not in {*manifest["files"], MANIFEST, FINGERPRINT, METADATA} and not p.name.startswith("."))
+    more = sorted({p.name for p in folder.iterdir()}-{*manifest["files"], MANIFEST, FINGERPRINT, METADATA})
     if more and not extra:
         raise ManifestError(f"{folder}: {', '.join(more[:6])} would be uploaded but {'is' if len(more) == 1 else 'are'} not in manifest.json; "
                             "move it away, or package again")

@@ -115,8 +115,9 @@ def clear_package(
     except (OSError, ValueError, KeyError): old = set()
     (folder/FINGERPRINT).unlink(missing_ok=True)
     for name in old-wanted-kept: (folder/name).unlink(missing_ok=True)
-    there = {p.name for p in folder.iterdir() if not p.name.startswith(".")}
-    if strangers := sorted(there-wanted-kept-{METADATA, MANIFEST, FINGERPRINT, "__pycache__"}-old):
+    for part in folder.glob(".*.part"): part.unlink()
+    there = {p.name for p in folder.iterdir()}
+    if strangers := sorted(there-wanted-kept-{METADATA, MANIFEST, FINGERPRINT}-old):
         raise PackageError(f"{folder}: {', '.join(strangers[:5])} did not come from cxrkit package and would be uploaded; move it away")
 
 # %% ../nbs/30_package.ipynb #a2018980
