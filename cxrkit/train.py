@@ -10,17 +10,17 @@ __all__ = ['Loop', 'start_loop', 'save_state', 'load_loop', 'train_epoch', 'vali
 import math, os, sys, time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 import pandas as pd, torch
 from .vision_ops import ensure_torchvision
 ensure_torchvision()
-import timm
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, send_to_device
 from .datasets import make_loader
-from .schedule import TrainConfig, check_finite, check_lr, check_start, history, lr_curve, make_scheduler, metric_direction, scaled_lr, seed_all, warn_zero
+from .schedule import TrainConfig, check_finite, check_lr, check_start, history, lr_curve, make_scheduler, scaled_lr, seed_all, warn_zero
 from .weights import save_weights
 
 # %% ../nbs/23_train.ipynb #62840281
@@ -118,7 +118,7 @@ def score_weights(loop:Loop, valid_set, evaluate)->dict:
     "The scores of the (averaged) weights as they are now."
     net, scores = (loop.ema.module if loop.ema else loop.task).eval(), {}
     if loop.accelerator.is_main_process:
-        if valid_set is not None: scores['valid_loss'] = valid_loss(net, valid_set, loop)
+        if valid_set is not None: scores['loss'] = valid_loss(net, valid_set, loop)
         scores.update({k:float(v) for k,v in evaluate(net).items()})
     scores = broadcast_object_list([scores])[0]
     score = scores.get(loop.config.metric)
@@ -130,7 +130,7 @@ def score_weights(loop:Loop, valid_set, evaluate)->dict:
 def save_best(loop:Loop, out:Path, note:dict|None)->None:
     "Write the weights with what is needed to use and to judge them."
     row, world = loop.log[-1], loop.accelerator.num_processes
-    versions = {'torch':torch.__version__, 'timm':timm.__version__, **({'effdet':sys.modules['effdet'].__version__} if 'effdet' in sys.modules else {})}
+    versions = {name: version(name) for name in ('torch','timm','effdet','accelerate') if name in sys.modules}
     scores = {k:v for k,v in row.items() if k not in ('epoch','lr','train_loss','seconds')}
     save_weights(loop.ema.module if loop.ema else loop.task, out/'model.safetensors',
                  {**(note or {}), 'epoch':row['epoch'], 'metric':loop.config.metric, 'score':row[loop.config.metric], 'scores':scores,
@@ -165,7 +165,7 @@ def progress(loop:Loop):
 def fit(
     task:torch.nn.Module, # task(batch) -> {'loss': ...}; a new one for each fold
     train_set, # dataset of the training images, augmented
-    valid_set, # dataset of the validation images for 'valid_loss', or None: one pass less an epoch
+    valid_set, # dataset of the validation images, for their loss; None: one pass less an epoch
     config:TrainConfig,
     out:str|Path, # folder of the run; a state found there is continued
     evaluate, # function: task -> dict of scores, config.metric among them
