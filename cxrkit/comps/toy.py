@@ -73,7 +73,7 @@ def draw_size(
 )->tuple[int,int]: # (height, width), never equal
     "Sides of a radiograph: mostly a little wider than high, as SIIM's."
     low, high = size
-    longest = int(rng.integers(max(low+1, round(.75*high)), high+1))
+    longest = int(rng.integers(max(low+1, round(.6*high)), high+1))
     shortest = min(longest-1, max(low, round(longest/rng.uniform(1.06, 1.28))))
     return (shortest, longest) if rng.random() < .75 else (longest, shortest)
 
@@ -94,7 +94,7 @@ def plan_images(
             rows.append(dict(patient_id=make_id("patient", *key[:3]), study_id=make_id("study", *key), series_id=make_id("series", *key, i), image_id=make_id("image", *key, i),
                              split=s.split, label=s.label, faint=s.faint, boxed=i == boxed and not s.faint, height=height, width=width,
                              bits=int(rng.choice([12, 13, 14, 15, 16], p=[.4, .1, .2, .1, .2])), inverted=bool(rng.random() < .33), window=bool(rng.random() < .4),
-                             syntax=str(rng.choice(["plain", "jpeg_lossless_sv1", "jpeg_lossless", "jpeg2000"], p=[.35, .30, .10, .25])),
+                             syntax=str(rng.choice(["plain", "jpeg_lossless_sv1", "jpeg_lossless", "jpeg2000"], p=[.40, .25, .15, .20])),
                              seeds=(patient, (3, *numbers), (4, *numbers, i))))
     images = pd.DataFrame(rows)
     tight = images.index[(images.split == "train") & (images.label == "typical") & images.boxed][:1]

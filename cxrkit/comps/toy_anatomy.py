@@ -115,11 +115,12 @@ def stroke_mask(
     view:View, # projection
     values:list[int]|None=None, # 0 to 255; 255 for all when None
 )->np.ndarray: # uint8 (h,w)
-    "Draw curves."
-    mask = np.zeros(view.size, np.uint8)
+    "Draw curves, faint ones first."
+    mask, pens = np.zeros(view.size, np.uint8), {}
     pixels = np.split(to_pixels(np.concatenate(curves), view), np.cumsum([len(c) for c in curves])[:-1]) if len(curves) else []
     for points, width, value in zip(pixels, widths, values or [255]*len(curves)):
-        cv2.polylines(mask, [points], False, int(value), max(1, round(width*view.scale)), cv2.LINE_AA, 4)
+        pens.setdefault((int(value), max(1, round(float(width)*view.scale))), []).append(points)
+    for (value, width), lines in sorted(pens.items(), key=lambda pen: pen[0]): cv2.polylines(mask, lines, False, value, width, cv2.LINE_AA, 4)
     return mask
 
 
@@ -318,23 +319,23 @@ def lung_fields(
 # %% ../../nbs/comps/08_toy_anatomy.ipynb #47d09d50
 def vessel_curves(
     patient:Anatomy, # whose
-)->tuple[list,list]: # curves (n,2), widths
-    "Pulmonary vessels branching from both hila, thinner at each fork."
+    forks:int=3, # generations of branches
+)->tuple[list,np.ndarray]: # curves (5,2) each, widths
+    "Pulmonary vessels branching from both hila, each generation thinner and shorter."
     rng, curves, widths = np.random.default_rng(patient.seed+1), [], []
-
-    def grow(start, angle, width, length, forks, side):
-        angles = angle+np.cumsum(rng.normal(0, .1, 4))
-        steps = length/4*np.stack([side*np.cos(angles), np.sin(angles)], 1)
-        curve = start+np.concatenate([np.zeros((1, 2)), np.cumsum(steps, 0)])
-        curves.append(curve); widths.append(width)
-        for turn in (-1, 1) if forks else ():
-            grow(curve[-1], angles[-1]+turn*rng.uniform(.15, .55), width*.66, length*rng.uniform(.65, .9), forks-1, side)
-
-    for side in (-1, 1):
-        hilum = np.array([side*.27, patient.height*.47-.03*side])
-        for angle in np.array([-1.3, -.95, -.55, -.1, .4, .8, 1.15, 1.45])+rng.normal(0, .1, 8):
-            grow(hilum+rng.normal(0, (.02, .07)), angle, rng.uniform(.03, .05), rng.uniform(.2, .32), 3, side)
-    return curves, widths
+    side = np.repeat([-1., 1.], 8)
+    start = np.stack([.27*side, patient.height*.47-.03*side], 1)+rng.normal(0, (.02, .07), (16, 2))
+    angle = np.tile([-1.3, -.95, -.55, -.1, .4, .8, 1.15, 1.45], 2)+rng.normal(0, .1, 16)
+    width, length = rng.uniform(.03, .05, 16), rng.uniform(.2, .32, 16)
+    for _ in range(forks+1):
+        bends = angle[:,None]+np.cumsum(rng.normal(0, .1, (len(side), 4)), 1)
+        steps = np.stack([side[:,None]*np.cos(bends), np.sin(bends)], 2)*length[:,None,None]/4
+        paths = start[:,None]+np.concatenate([np.zeros((len(side), 1, 2)), np.cumsum(steps, 1)], 1)
+        curves += list(paths); widths.append(width)
+        fork = rng.uniform(.15, .55, 2*len(side))*np.tile([-1, 1], len(side))
+        start, side, angle = np.repeat(paths[:,-1], 2, 0), np.repeat(side, 2), np.repeat(bends[:,-1], 2)+fork
+        width, length = np.repeat(width, 2)*.66, np.repeat(length, 2)*rng.uniform(.65, .9, 2*len(length))
+    return curves, np.concatenate(widths)
 
 # %% ../../nbs/comps/08_toy_anatomy.ipynb #2844a2e5
 def vessels(
@@ -343,7 +344,7 @@ def vessels(
 )->np.ndarray: # float32 (h,w), share of the air displaced
     "Vessels, thick ones more, and the hila."
     curves, widths = vessel_curves(patient)
-    tree = soften(stroke_mask(curves, widths, view, [min(255, int(70+4500*w)) for w in widths]), view, .006)
+    tree = soften(stroke_mask(curves, widths, view, [min(15, int(4+280*w))*17 for w in widths]), view, .006)
     hila = outline_mask([ellipse((s*.29, patient.height*.47-.03*s), (.09, .17)) for s in (-1, 1)], view)
     return .24*tree+.25*soften(hila, view, .06)
 

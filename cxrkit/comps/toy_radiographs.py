@@ -36,7 +36,7 @@ def draw_haze(
     down:tuple[float,float], # range
     across:tuple[float,float], # range of the half width
     along:tuple[float,float], # range of the half height
-    density:tuple[float,float]=(.5, .75), # range
+    density:tuple[float,float]=(.45, .75), # range
     edge:float=5., # 4 hazy to 12 sharp
     kind:str="haze", # 'haze', 'cavity' or 'fluid'
 )->Finding:
