@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from cxrkit.boxes import pairwise_iou
 from cxrkit.comps import nih_rsna, rsna_pneumonia, siim_covid19
 from cxrkit.dicomwrite import write_dicom
+from cxrkit.metrics import score
 from cxrkit.spec import CompTables, check_contract, truth_as_predictions
+from cxrkit.submit import check_submission, parse_submission
 from cxrkit.tables import TableError, empty_table
 
 CORNERS = ["x1", "y1", "x2", "y2"]
@@ -45,10 +47,16 @@ def edit(path, old, new):
     path.write_text(text.replace(old, new))
 
 
-def sample_for(tables, study=True):
+def sample_for(tables):
     train = tables.images[tables.images.split == "train"]
     ids = [*(train.study_id.drop_duplicates()+"_study"), *(train.image_id+"_image")]
     return pd.DataFrame({"id": ids, "PredictionString": ""})
+
+
+def contract(spec, tables, sample):
+    "Truth through CSV text and back; the report of `check_contract`."
+    def truth_score(cls_preds, box_preds): return score(spec, tables.labels, tables.boxes, cls_preds, box_preds, images=tables.images).overall
+    return check_contract(spec, tables, sample, parse_submission, truth_score)
 
 
 def parse(submission):
@@ -209,6 +217,12 @@ def test_silence_is_a_valid_file(spec):
     assert silent.PredictionString.tolist() == [f"{spec.labels['study'][0]} 1 0 0 1 1", "none 1 0 0 1 1", "none 1 0 0 1 1"] and levels == ["study", "image"]
 
 
+def test_a_part_alone_with_nothing_found(siim):
+    tables = siim_covid19.read(siim)
+    cls_preds, _ = truth_as_predictions(tables)
+    assert siim_covid19.write(cls_preds, empty_table("box_preds"), sample_for(tables), only=("opacity",)).PredictionString.eq("").all()
+
+
 # RSNA 2018
 
 @pytest.fixture
@@ -265,14 +279,17 @@ def test_rsna_true_patients_from_a_meta_table(rsna):
 
 # Contract and real tables
 
-@pytest.mark.parametrize("name", ["siim", "rsna"])
-def test_contract_on_images_that_are_not_square(name, request):
-    root, module = request.getfixturevalue(name), {"siim": siim_covid19, "rsna": rsna_pneumonia}[name]
-    tables = module.read(root)
+def test_contract_on_images_that_are_not_square(tmp_path):
+    tables = siim_covid19.read(write_siim(tmp_path, IMAGES | {"id1": ("sd", "p4", (33, 44), [(3., 4., 5., 6.)])}, STUDIES | {"sd": "indeterminate"}))
+    assert (tables.images.height != tables.images.width).all()
+    assert contract(siim_covid19.SPEC, tables, sample_for(tables)).truth_score == 1
+
+
+def test_rsna_contract_on_images_that_are_not_square(rsna):
+    tables = rsna_pneumonia.read(rsna)
     train = tables.images[tables.images.split == "train"]
-    assert (train.height != train.width).any()
-    sample = sample_for(tables) if name == "siim" else pd.DataFrame({"patientId": train.image_id.to_numpy(), "PredictionString": ""})
-    check_contract(module.SPEC, CompTables(train, tables.labels, tables.boxes), sample)
+    sample = pd.DataFrame({"patientId": train.image_id.to_numpy(), "PredictionString": ""})
+    assert contract(rsna_pneumonia.SPEC, CompTables(train, tables.labels, tables.boxes), sample).truth_score == 1
 
 
 def test_real_siim_tables(realdata):
@@ -288,6 +305,7 @@ def test_real_siim_tables(realdata):
     assert negative.image_id.tolist() == ["6ea732c63929"] and abs(negative.x1.item()+3.556) < 1e-3
     assert tables.images.set_index("image_id").loc["000a312787f2", ["height", "width"]].tolist() == [3488, 4256] # height first
 
+    assert contract(siim_covid19.SPEC, tables, sample_for(tables)).truth_score == 1
     written = siim_covid19.write(*truth_as_predictions(tables), sample_for(tables))
     back = parse(written)
     assert len(back) == 6054*4+6334+7853
@@ -299,10 +317,11 @@ def test_real_siim_tables(realdata):
 def test_real_folder_of_pngs(realdata):
     tables = nih_rsna.read(realdata/"nih_rsna")
     assert (len(tables.images), len(tables.boxes), tables.labels.query("label == 'none'").value.sum()) == (136, 90, 80)
-    train = tables.images
-    sample = nih_rsna.sample_submission(train)
-    check_contract(nih_rsna.SPEC, tables, sample)
-    best = parse(nih_rsna.write(*truth_as_predictions(tables), sample)).query("label == 'opacity'")
+    sample = nih_rsna.sample_submission(tables.images)
+    assert contract(nih_rsna.SPEC, tables, sample).truth_score == 1
+    written = nih_rsna.write(*truth_as_predictions(tables), sample)
+    assert check_submission(written, sample, nih_rsna.SPEC, tables.images)[["rows", "empty_rows", "opacity", "none"]].tolist() == [272, 0, 90, 136]
+    best = parse(written).query("label == 'opacity'")
     for i, rows in tables.boxes.groupby("image_id"):
         assert np.allclose(pairwise_iou(rows[CORNERS], best[best["id"] == f"{i}_image"][CORNERS]).max(1), 1, atol=1e-3)
 

@@ -158,8 +158,8 @@ def write(
     ids = sample.patientId.reset_index(drop=True).astype(str)
     if ids.duplicated().any(): raise ValueError(f"sample submission: {ids.duplicated().sum()} id(s) appear more than once, such as {some(ids[ids.duplicated()])}")
     found = check_found(box_preds, ids, BOX_LABELS)
-    text = pd.Series(box_tokens(found), index=found.image_id, dtype=object).groupby(level=0).agg(" ".join)
-    return pd.DataFrame({"patientId": ids, "PredictionString": ids.map(text).fillna("")})
+    text = pd.Series(box_tokens(found), index=found.image_id, dtype=object).groupby(level=0).agg(" ".join).to_dict()
+    return pd.DataFrame({"patientId": ids, "PredictionString": [text.get(i, "") for i in ids]})
 
 # %% ../../nbs/comps/01_rsna_pneumonia.ipynb #614e38ed
 SPEC = CompSpec(name="rsna_pneumonia", title="RSNA Pneumonia Detection Challenge", slug="rsna-pneumonia-detection-challenge", labels=LABELS,

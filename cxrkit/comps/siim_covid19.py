@@ -391,8 +391,8 @@ def write_predictions(
     classes = check_answers(cls_preds, units, wanted)
     found = check_found(box_preds, units.unit_id[units.level == "image"], box_labels)
     tokens = pd.concat([class_tokens(classes, labels), box_tokens(found)])
-    text = tokens.groupby(["level", "unit_id"], sort=False).token.agg(" ".join).rename("PredictionString")
-    return units.join(text, on=["level", "unit_id"])[["id", "PredictionString"]].fillna({"PredictionString": ""})
+    text = tokens.groupby(["level", "unit_id"], sort=False).token.agg(" ".join).to_dict()
+    return pd.DataFrame({"id": units["id"], "PredictionString": [text.get(unit, "") for unit in zip(units.level, units.unit_id)]})
 
 # %% ../../nbs/comps/00_siim_covid19.ipynb #653d58e4
 def write(
