@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['GreyTags', 'stored_values', 'look_up', 'modality_values', 'window_shape', 'voi_values', 'Policy', 'as_policy',
-           'grid_means', 'stored_range', 'grey_table', 'sort_unique', 'as_size', 'resize_grey', 'equalise']
+           'padding_mask', 'stored_extremes', 'stored_range', 'ends_of_curve', 'grey_table', 'as_size', 'apply_table',
+           'equalise']
 
 # %% ../nbs/05_photometry.ipynb #6526c3a4
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
+
+from .area import area_means, extremes, grid_means, look_up_all
 
 # %% ../nbs/05_photometry.ipynb #4e840356
 @dataclass(frozen=True)
@@ -114,61 +117,74 @@ def as_policy(
     return Policy(**policy) if isinstance(policy, dict) else Policy(policy)
 
 # %% ../nbs/05_photometry.ipynb #8e970e98
-def grid_means(
-    stored:np.ndarray, # (h,w) stored values
-    padding:tuple|None=None, # (low, high) stored values that are no image
-    cells:int=256, # largest number of cells a side
-)->np.ndarray: # (n,) float32, means of the cells that are mostly image
-    "Area averages of an image on a grid of at most `cells` × `cells`."
-    size = (min(cells, stored.shape[1]), min(cells, stored.shape[0]))
-    values = stored.astype(np.float32)
-    if padding is None: return cv2.resize(values, size, interpolation=cv2.INTER_AREA).ravel()
-    inside = ((stored < padding[0]) | (stored > padding[1])).astype(np.float32)
-    weight = cv2.resize(inside, size, interpolation=cv2.INTER_AREA)
-    return (cv2.resize(values*inside, size, interpolation=cv2.INTER_AREA)/np.maximum(weight, 1e-9))[weight > .5]
+def padding_mask(
+    tags:GreyTags, # what the file says
+    stored:np.ndarray, # (65536,) stored value of each raw pattern
+)->np.ndarray|None: # (65536,) bool, True: image; None: no padding declared
+    "Which raw patterns are image, not padding."
+    return None if tags.padding is None else (stored < tags.padding[0]) | (stored > tags.padding[1])
+
+
+def stored_extremes(
+    raw:np.ndarray, # (h,w) raw patterns, uint8 or uint16
+    tags:GreyTags, # what the file says
+    stored:np.ndarray, # (65536,) stored value of each pattern
+)->tuple[int, int]: # lowest and highest stored value that is image
+    "The extremes of an image; a plain unsigned one, the common case, goes to OpenCV."
+    if tags.padding is None and not tags.signed:
+        low, high, *_ = cv2.minMaxLoc(raw)
+        if high < 1 << tags.bits: return int(low), int(high)
+    inside = padding_mask(tags, stored)
+    low, high = extremes(raw, stored, np.ones(65536, bool) if inside is None else inside)
+    return (low, high) if low <= high else (0, 0)
 
 
 def stored_range(
-    stored:np.ndarray, # (h,w) stored values
+    raw:np.ndarray, # (h,w) raw patterns, uint8 or uint16
     tags:GreyTags, # what the file says
-    policy:Policy, # 'percentile' or 'minmax'
-)->tuple[float, float]: # lowest and highest stored value of the range
+    policy:Policy, # 'percentile' or anything else, which is taken as 'minmax'
+    stored:np.ndarray, # (65536,) stored value of each pattern
+)->tuple[float, float]: # stored values
     "The stored values that become black and white, before modality and VOI."
     if policy.scaling == "percentile":
-        means = grid_means(stored, tags.padding)
+        means = grid_means(raw, stored, padding_mask(tags, stored))
         if len(means): return tuple(float(v) for v in np.percentile(means, (policy.low, policy.high)))
-    image = stored if tags.padding is None else stored[(stored < tags.padding[0]) | (stored > tags.padding[1])]
-    return (float(image.min()), float(image.max())) if image.size else (0., 0.)
+    return stored_extremes(raw, tags, stored)
 
 # %% ../nbs/05_photometry.ipynb #e0fd9503
+def ends_of_curve(
+    stored:np.ndarray, # (65536,) stored value of each pattern
+    curve:np.ndarray, # (65536,) its presentation
+    low:float, # stored value, lower end
+    high:float, # stored value, upper end
+    exact:bool, # minmax: extremes of the curve in between; otherwise its values at the ends
+)->tuple[float, float]: # presentation values of black and white
+    "Where a range of stored values begins and ends on the curve."
+    if exact:
+        part = curve[(stored >= low) & (stored <= high)]
+        return float(part.min()), float(part.max())
+    values, first = np.unique(stored, return_index=True)
+    a, b = np.interp([low, high], values, curve[first])
+    return min(a, b), max(a, b)
+
+
 def grey_table(
-    stored:np.ndarray, # (h,w) stored values; only read for their range
+    raw:np.ndarray, # (h,w) raw patterns, uint8 or uint16; only read for their range
     tags:GreyTags, # what the file says
     policy:Policy, # how to scale
 )->np.ndarray: # (65536,) float32, grey 0 … 255 of every raw 16-bit pattern
     "Modality, VOI, scaling, inversion and padding composed into one table."
-    patterns, values = stored_values(tags), modality_values(tags)
-    shaped = voi_values(values, tags, policy.index) if policy.voi or policy.scaling == "window" else None
-    if shaped is not None and policy.scaling == "window": grey = shaped
-    else:
-        shaped = values if shaped is None else shaped
-        low, high = stored_range(stored, tags, policy if policy.scaling == "percentile" else Policy("minmax"))
-        ends = np.interp([low, high], *sort_unique(patterns, shaped))
-        within = shaped[(patterns >= np.floor(low)) & (patterns <= np.ceil(high))]
-        bottom, top = (min(ends), max(ends)) if policy.scaling == "percentile" else (within.min(), within.max())
-        grey = np.clip((shaped-bottom)/(top-bottom), 0, 1) if top > bottom else np.zeros(65536)
-    if tags.inverted: grey = 1-grey
-    if tags.padding is not None: grey = np.where((patterns >= tags.padding[0]) & (patterns <= tags.padding[1]), 0, grey)
-    return (grey*255).astype(np.float32)
-
-
-def sort_unique(
-    patterns:np.ndarray, # (65536,) stored value of each pattern
-    shaped:np.ndarray, # (65536,) its presentation
-)->tuple[np.ndarray, np.ndarray]: # stored values ascending, their presentation
-    "The table as a function of the stored value, for interpolation."
-    unique, first = np.unique(patterns, return_index=True)
-    return unique, shaped[first]
+    stored, curve = stored_values(tags), modality_values(tags)
+    shaped = voi_values(curve, tags, policy.index) if policy.voi or policy.scaling == "window" else None
+    if shaped is not None: curve = shaped
+    if policy.scaling != "window" or shaped is None:
+        low, high = stored_range(raw, tags, policy, stored)
+        black, white = ends_of_curve(stored, curve, low, high, policy.scaling != "percentile")
+        curve = np.clip((curve-black)/(white-black), 0, 1) if white > black else np.zeros(65536)
+    if not np.isfinite(curve).all(): raise ValueError("the rescale slope, intercept or LUT gives values that are not finite; use Policy(voi=False) or repair the file")
+    if tags.inverted: curve = 1-curve
+    if tags.padding is not None: curve = np.where(padding_mask(tags, stored), curve, 0)
+    return (curve*255).astype(np.float32)
 
 # %% ../nbs/05_photometry.ipynb #17704b69
 def as_size(
@@ -181,15 +197,21 @@ def as_size(
     return int(pair[0]), int(pair[1])
 
 
-def resize_grey(
-    grey:np.ndarray, # (h,w) float32 or uint8, 0 … 255
+def apply_table(
+    raw:np.ndarray, # (h,w) raw patterns, uint8 or uint16
+    table:np.ndarray, # (65536,) float32, grey 0 … 255 of each pattern
     size:tuple[int,int]|None, # (height, width), None keeps
+    extent:tuple[int,int], # (height, width) of the file's image
+    scale:int=1, # pixels of the file per sample, when the decoder reduced
+    offset:float=0., # pixels from a block's centre to its sample
 )->np.ndarray: # (height,width) uint8
-    "Resize by area when shrinking, bilinearly otherwise, and round once."
-    if size is not None and size != grey.shape:
-        shrinks = size[0] <= grey.shape[0] and size[1] <= grey.shape[1]
-        grey = cv2.resize(grey, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-    return grey if grey.dtype == np.uint8 else np.clip(np.rint(grey), 0, 255).astype(np.uint8)
+    "Look up, and resize by area when shrinking, bilinearly when enlarging."
+    small = size and (min(size[0], raw.shape[0]), min(size[1], raw.shape[1]))
+    if size is None or small == raw.shape and scale == 1:
+        out = np.empty(raw.shape, np.uint8)
+        look_up_all(raw, np.rint(table).astype(np.uint8), out)
+    else: out = area_means(raw, table, small, extent, scale, offset)
+    return out if size is None or size == out.shape else cv2.resize(out, size[::-1], interpolation=cv2.INTER_LINEAR)
 
 
 def equalise(
