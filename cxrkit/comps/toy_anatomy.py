@@ -67,10 +67,10 @@ def draw_view(
     "Place the patient before the detector and choose an exposure."
     height, width = size
     portable = bool(rng.random() < .45) if portable is None else portable
-    scale = min(width*rng.uniform(.36, .43), height*rng.uniform(.37, .43))
+    scale = min(width*rng.uniform(.34, .42), height*rng.uniform(.355, .43))
     edges = np.where(rng.random(4) < (.3 if portable else .2), rng.uniform(.01, .06, 4), 0.)
     return View(size, scale, (width*(.5+rng.normal(0, .014)), height*rng.uniform(.10, .18)), tilt=float(rng.normal(0, 3.2 if portable else 1.2)),
-                turn=float(rng.normal(0, .06)), portable=portable, level=rng.uniform(.46, .62), contrast=rng.uniform(3.6, 5.4) if portable else rng.uniform(4.8, 7.4),
+                turn=float(rng.normal(0, .06)), portable=portable, level=rng.uniform(.36, .58), contrast=rng.uniform(2.6, 4.8) if portable else rng.uniform(3.8, 6.6),
                 noise=rng.uniform(.006, .018), edges=tuple(edges.tolist()), marker=str(rng.choice(["L", "R", ""], p=[.7, .2, .1])), seed=int(rng.integers(2**31)))
 
 # %% ../../nbs/comps/08_toy_anatomy.ipynb #74c8413d
@@ -227,7 +227,7 @@ def shoulder_bones(
     x = e+.38
     collars, plates = [], []
     for s in (-1, 1):
-        collar = [(s*.13+turn, .2), (s*.3+turn, .13), (s*.55, .06), (s*.8, -.06+drop*.6), (s*1.08, -.07+drop), (s*1.22, -.02+drop)]
+        collar = [(s*.13+turn, .2), (s*.3+turn, .13), (s*.5, .05), (s*.8, -.1+drop*.6), (s*1.06, -.13+drop), (s*1.22, -.06+drop)]
         blade = [(e+.1, .05), (e-.2, .14), (e-.17, .5), (e-.06, 1.), (e-.01, .95), (e+.1, .5), (e+.26, .24)]
         head = [(x-.15, .02+drop), (x, -.08+drop), (x+.14, .02+drop), (x+.15+.1*lean, .22+drop), (x+.1+.4*lean, .45+drop)]
         shaft = [(x+.1+lean, 1.6), (x-.1+lean, 1.6), (x-.07+.4*lean, .5+drop), (x-.13, .25+drop)]
@@ -307,7 +307,7 @@ def lung_fields(
     view:View, # projection
 )->tuple[np.ndarray,tuple]: # depth of air float32 (h,w) 0 to 1; (right, left) soft masks of the lung a reader sees
     "Air in the lungs, mostly displaced where the heart stands before it."
-    block = 1-soften(outline_mask([heart_outline(patient, view.turn)], view), view, .012)
+    block = 1-soften(outline_mask([heart_outline(patient, view.turn)], view), view, .018)
     air, fields = 0, []
     for side in (-1, 1):
         mask = outline_mask([lung_outline(patient, side)], view)
@@ -346,7 +346,7 @@ def vessels(
     curves, widths = vessel_curves(patient)
     tree = soften(stroke_mask(curves, widths, view, [min(15, int(4+280*w))*17 for w in widths]), view, .006)
     hila = outline_mask([ellipse((s*.29, patient.height*.47-.03*s), (.09, .17)) for s in (-1, 1)], view)
-    return .24*tree+.25*soften(hila, view, .06)
+    return .24*tree+.22*soften(hila, view, .06)+.25*soften(hila, view, .22)
 
 # %% ../../nbs/comps/08_toy_anatomy.ipynb #62e83953
 def gas(

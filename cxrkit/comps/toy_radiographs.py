@@ -130,8 +130,8 @@ def expose(
     veil = cv2.resize(cv2.GaussianBlur(small, (0, 0), max(1, .25*view.scale/8)), (width, height), interpolation=cv2.INTER_LINEAR)
     steep = np.float32(view.contrast)
     film = 1/(1+cv2.exp(-steep*(np.float32(.86)*attenuation+np.float32(.14)*veil-np.float32(view.level))))
-    low = 1/(1+math.exp(view.contrast*view.level))
-    film = (film-np.float32(low))*np.float32(1/(1-low))
+    low, high = (1/(1+math.exp(view.contrast*(view.level-depth))) for depth in (0, 1.15))
+    film = (film-np.float32(low))*np.float32(1/(high-low))
     noise = np.random.default_rng(view.seed).standard_normal(attenuation.shape, dtype=np.float32)
     return film+cv2.GaussianBlur(noise, (0, 0), .7)*(np.float32(1.5*view.noise)*(np.float32(.5)+np.float32(.9)*film))
 
