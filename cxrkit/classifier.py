@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'ClassifierConfig', 'masked_cross_entropy', 'masked_binary_cross_entropy', 'check_backbone', 'announce',
-           'first_conv_to', 'as_names', 'load_pretrained', 'make_net', 'evaluating', 'Classifier', 'build_classifier',
+           'first_conv_to', 'as_names', 'load_pretrained', 'make_net', 'Classifier', 'build_classifier',
            'load_classifier', 'aggregate_studies', 'distillation_loss', 'DistilledClassifier']
 
 # %% ../nbs/21_classifier.ipynb #6526c3a4
 import difflib
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from .datasets import Normalize, as_size
+from .modes import evaluating
 from .vision_ops import ensure_torchvision
 from .weights import bare_key, bare_state, load_meta, load_state, load_weights, read_state
 
@@ -142,19 +142,6 @@ def make_net(
                            "local file: pretrained='…/model.safetensors'") from error
 
 # %% ../nbs/21_classifier.ipynb #c5c71844
-@contextmanager
-def evaluating(
-    module:torch.nn.Module, # task or network
-):
-    "Evaluation mode and no gradients, for the length of a `with` block."
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        with torch.inference_mode(): yield module
-    finally:
-        for m, training in modes: m.training = training
-
-# %% ../nbs/21_classifier.ipynb #f34f19fe
 class Classifier(torch.nn.Module):
     "Classification task: batch → loss, batch → rows of probabilities."
     def __init__(self, config:ClassifierConfig):
@@ -184,7 +171,7 @@ class Classifier(torch.nn.Module):
         labels, ids = self.config.labels, batch["image_id"]
         return pd.DataFrame({"image_id": [i for i in ids for _ in labels], "label": list(labels)*len(ids), "prob": probs.ravel()})
 
-# %% ../nbs/21_classifier.ipynb #8e970e98
+# %% ../nbs/21_classifier.ipynb #f34f19fe
 def build_classifier(
     config:ClassifierConfig, # what to build
     weights:str|Path|None=None, # file that `save_weights` wrote for the same task: fills all of it
@@ -206,7 +193,7 @@ def load_classifier(
     if config.get("task") != "classifier": raise ValueError(f"weights: {path} describes {config.get('task') or 'no task'}, expected a classifier; build it by hand: build_classifier(config, weights=path)")
     return build_classifier(ClassifierConfig(**config), weights=path)
 
-# %% ../nbs/21_classifier.ipynb #4243d3ea
+# %% ../nbs/21_classifier.ipynb #614e38ed
 def aggregate_studies(
     preds:pd.DataFrame, # image_id, label, prob
     images:pd.DataFrame, # images table
@@ -221,7 +208,7 @@ def aggregate_studies(
     if twice.any(): raise ValueError(f"preds: {twice.sum()} rows repeat an image and label, such as {preds[twice].iloc[0].to_dict()}; average models and views first")
     return preds.assign(study_id=study.loc[preds.image_id].to_numpy()).groupby(["study_id", "label"], as_index=False).prob.agg(how)
 
-# %% ../nbs/21_classifier.ipynb #62e83953
+# %% ../nbs/21_classifier.ipynb #74c4cabd
 def distillation_loss(
     student_logits:torch.Tensor, # (b,n), before softmax or sigmoid
     teacher_logits:torch.Tensor, # (b,n), likewise
@@ -233,7 +220,7 @@ def distillation_loss(
         raise ValueError("distillation: expected logits, got values that all lie within 0…1, as probabilities do; compare before softmax or sigmoid, where the gradient does not vanish")
     return F.mse_loss(student_logits.float(), teacher_logits.detach().float())
 
-# %% ../nbs/21_classifier.ipynb #3c928854
+# %% ../nbs/21_classifier.ipynb #62e83953
 class DistilledClassifier(torch.nn.Module):
     "A student that is trained on labels and on a teacher's logits; saved and used as the student alone."
     def __init__(self,

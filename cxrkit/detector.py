@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STRIDE', 'to_effdet', 'from_effdet', 'check_effdet_layout', 'check_detector_size', 'check_detector', 'DetectorConfig',
-           'n_anchors', 'effdet_config', 'set_momentum', 'head_of', 'load_pretrained_detector', 'load_hub_detector',
+           'n_anchors', 'effdet_config', 'head_of', 'load_pretrained_detector', 'load_hub_detector',
            'make_detector_net', 'Detector', 'detection_rows', 'build_detector', 'load_detector']
 
 # %% ../nbs/22_detector.ipynb #6526c3a4
@@ -17,8 +17,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .classifier import announce, as_names, evaluating, first_conv_to
+from .classifier import announce, as_names, first_conv_to
 from .datasets import Normalize, as_size
+from .modes import evaluating, set_momentum
 from .vision_ops import ensure_torchvision
 from .weights import bare_state, load_meta, load_state, load_weights, read_state
 
@@ -142,15 +143,6 @@ def effdet_config(
     theirs.max_det_per_image, theirs.soft_nms = config.max_detections, config.soft_nms
     theirs.backbone_args = {**(theirs.backbone_args or {}), "drop_path_rate": config.drop_path, "in_chans": config.in_chans}
     return theirs
-
-
-def set_momentum(
-    net:torch.nn.Module, # network
-    momentum:float, # of its batch normalisations
-)->None:
-    "Give every batch normalisation the same momentum."
-    for m in net.modules():
-        if isinstance(m, torch.nn.modules.batchnorm._BatchNorm): m.momentum = momentum
 
 # %% ../nbs/22_detector.ipynb #8e970e98
 def head_of(
