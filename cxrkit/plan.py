@@ -62,7 +62,8 @@ def grid_names(
     name:str, # name of the entry; may hold {parameter}
     grid:Mapping[str,list], # parameter → values
 )->dict[str,dict]: # name → the values of one point of the grid
-    "Name each point of a grid."
+    "Name each point of a grid; what a folder's name cannot hold becomes an underscore."
+    if not grid and "{" not in name: return {name: {}}
     for key, values in grid.items():
         if not isinstance(values, list) or not values: raise SweepError(f"grid.{key}: expected a list of values, got {values!r}")
     points = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]

@@ -41,7 +41,7 @@ def plain_scores(
     return dict(sorted(out.items()))
 
 # %% ../nbs/03_runs.ipynb #56d4aca5
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     "A run folder, being worked in or sealed."
     folder: Path # where it is once sealed
@@ -49,11 +49,12 @@ class Run:
     flow: str # flow notebook's name, such as '31_train_det'
     name: str # what its author calls it; folds share it
     fold: int|None # None: not a fold of anything
-    params: dict = field(compare=False, repr=False) # every parameter of the flow
-    built_on: tuple[dict,...] = field(compare=False, repr=False) # inputs: {'run': 'flow/run_id', 'content': sha256}
-    code: dict = field(compare=False, repr=False) # module → sha256
-    lock: object = field(default=None, compare=False, repr=False) # held while somebody works in it
+    params: dict = field(compare=False) # every parameter of the flow
+    built_on: tuple[dict,...] = field(compare=False) # inputs: {'run': 'flow/run_id', 'content': sha256}
+    code: dict = field(compare=False) # module → sha256
+    lock: object = field(default=None, compare=False) # held while somebody works in it
 
+    def __repr__(self): return f"Run({self.comp}/{self.flow}/{self.run_id}, {'sealed' if self.sealed else 'not sealed'})"
     @property
     def run_id(self)->str: return self.folder.name
     @property
