@@ -179,9 +179,9 @@ def audit_folds(
     n_folds = n_folds or int(max(number.max(), 0))+1
     leaks = find_leaks(folds, images, pairs) | {f"folds outside 0…{n_folds-1}": sorted(folds.image_id[~number.isin(range(n_folds))]),
                                                 "empty folds": [str(k) for k in range(n_folds) if not (number == k).any()]}
-    facts = [("rows", len(folds), None, ""), ("rows per image", round(len(folds)/max(folds.image_id.nunique(), 1), 4), 1, "")]
-    facts += [(f"images in fold {k}", int(n), None, "") for k, n in number.value_counts().sort_index().items()]
-    report = pd.DataFrame(facts+[(what, len(ids), 0, some(ids)) for what, ids in leaks.items()], columns=["check", "found", "allowed", "examples"])
+    facts = [("rows", len(folds), "", ""), ("rows per image", f"{len(folds)/max(folds.image_id.nunique(), 1):.4g}", "1", "")]
+    facts += [(f"images in fold {k}", int(n), "", "") for k, n in number.value_counts().sort_index().items()]
+    report = pd.DataFrame(facts+[(what, len(ids), 0, some(ids)) for what, ids in leaks.items()], columns=["check", "found", "allowed", "examples"], dtype=object)
     bad = {what: ids for what, ids in leaks.items() if ids}
     if bad: raise FoldLeak("folds are refused: "+"; ".join(f"{len(ids)} {what}, such as {some(ids)}" for what, ids in bad.items())+
                            f" ({len(folds)} rows for {folds.image_id.nunique()} images). Make them with make_folds(images, labels), one row per image, before anything is duplicated")

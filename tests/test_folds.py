@@ -139,7 +139,7 @@ def test_audit_refuses(mistake):
 def test_audit_knows_how_many_folds_there_should_be():
     images, labels = tables_of([(f"s{k}", f"p{k}", 1) for k in range(12)])
     folds = make_folds(images, labels, 3)
-    assert audit_folds(folds, images, n_folds=3).set_index("check").found[["rows", "rows per image", "images in fold 0"]].tolist() == [12, 1, 4]
+    assert audit_folds(folds, images, n_folds=3).set_index("check").found[["rows", "rows per image", "images in fold 0"]].tolist() == [12, "1", 4]
     with pytest.raises(FoldLeak, match="2 empty folds, such as 3, 4"): audit_folds(folds, images, n_folds=5)
     with pytest.raises(FoldLeak, match="4 folds outside 0…1"): audit_folds(folds, images, n_folds=2)
 
