@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AVERAGES', 'METHODS', 'compiled', 'usable_cores', 'run_shares', 'group_rows', 'sort_groups', 'sorted_rows',
-           'wbf_groups', 'nmw_groups', 'nms_groups', 'soft_nms_groups', 'fuse_groups', 'gather_fused']
+           'wbf_groups', 'nms_groups', 'soft_nms_groups', 'fuse_groups', 'gather_fused']
 
 # %% ../nbs/07_fusion_kernels.ipynb #44e0b9f1
 import os
@@ -90,11 +90,8 @@ def _insertion(bits, order):
 # %% ../nbs/07_fusion_kernels.ipynb #712e9d7c
 @compiled
 def sort_groups(
-    bits, # (n,) int64, scores ≥ 0 as float64, viewed as integers
-    rows, # (n_kept,) rows by group
-    offsets, # (n_groups+1,)
-    order, # (n_kept,) int64, written: the rows of each group from the highest score to the lowest
-    tied, # (n_groups,) bool, written: whether two rows of the group have the same score
+    bits, rows, offsets, # (n,) int64: scores ≥ 0 as float64, viewed as integers; (n_kept,) rows by group; (n_groups+1,)
+    order, tied, # written: (n_kept,) int64 rows of each group by falling score; (n_groups,) bool, whether two scores of the group are equal
     lo, hi, # range of groups
 ):
     "Sort the rows of each group by falling score, stably."
@@ -136,36 +133,50 @@ def sorted_rows(
 
 # %% ../nbs/07_fusion_kernels.ipynb #f34f19fe
 @compiled
-def _overlaps(clusters, n, x1, y1, x2, y2, iou):
-    area = (x2-x1)*(y2-y1)
-    left, top, right, bottom, areas = clusters[0], clusters[1], clusters[2], clusters[3], clusters[4]
+def _rough_overlaps(left, top, right, bottom, areas, n, x1, y1, x2, y2, rough, bits):
+    "IoU of one box with n others in float32; returns the bits of the largest."
+    area, zero, most = (x2-x1)*(y2-y1), np.float32(0), np.int32(0)
     for k in range(n):
         w = (x2 if x2 < right[k] else right[k])-(x1 if x1 > left[k] else left[k])
         h = (y2 if y2 < bottom[k] else bottom[k])-(y1 if y1 > top[k] else top[k])
-        inter = (w if w > 0. else 0.)*(h if h > 0. else 0.)
-        iou[k] = inter/(areas[k]+area-inter)
-
-
-@compiled
-def _best_overlap(iou, bits, n, threshold):
-    top = np.int64(0)
-    for k in range(n): top = bits[k] if bits[k] > top else top
-    for k in range(n):
-        if bits[k] == top: return k if iou[k] > threshold else -1
-    return -1
+        inter = (w if w > zero else zero)*(h if h > zero else zero)
+        rough[k] = inter/(areas[k]+area-inter)
+    for k in range(n): most = bits[k] if bits[k] > most else most
+    return most
 
 # %% ../nbs/07_fusion_kernels.ipynb #04875f6e
 @compiled
-def _join(clusters, sums, k, score, box, first):
-    "Add `box` to cluster k and refresh its fused box."
-    for c in range(4):
-        sums[k, c] = np.float32(score*box[c] if first else sums[k, c]+score*box[c])
-        if first: clusters[c, k] = box[c]
-        elif clusters[5, k]+score > 0: clusters[c, k] = np.float32(sums[k, c]/(clusters[5, k]+score))
-    clusters[4, k] = (clusters[2, k]-clusters[0, k])*(clusters[3, k]-clusters[1, k])
-    clusters[5, k] = score if first else clusters[5, k]+score
+def _nearest(rough, bits, most, slack, exact, n, x1, y1, x2, y2, iou):
+    "Index of the box in exact[:n] with the largest IoU above `iou`, the first of equals, or -1."
+    best, found, area = iou, -1, (x2-x1)*(y2-y1)
+    tolerance = slack*(1/(x2-x1)+1/(y2-y1))
+    if most < iou-tolerance: return found
+    cut = max(most-2*tolerance, iou-tolerance)
+    for k in range(n):
+        if rough[k] < cut: continue
+        w, h = min(x2, exact[k, 2])-max(x1, exact[k, 0]), min(y2, exact[k, 3])-max(y1, exact[k, 1])
+        inter = max(w, 0.)*max(h, 0.)
+        overlap = inter/((exact[k, 2]-exact[k, 0])*(exact[k, 3]-exact[k, 1])+area-inter)
+        if overlap > best: best, found = overlap, k
+    return found
 
-# %% ../nbs/07_fusion_kernels.ipynb #c3c5b5b7
+# %% ../nbs/07_fusion_kernels.ipynb #e0fd9503
+@compiled
+def _slack(boxes, rows, iou):
+    "What float32 may be off by, for boxes of side 1."
+    reach = 0.
+    for row in rows: reach = max(reach, boxes[row, 2], boxes[row, 3], -boxes[row, 0], -boxes[row, 1])
+    return 16*2.**-23*reach/max(iou, 1e-3)**2
+
+
+@compiled
+def _largest(offsets, lo, hi):
+    "Rows in the largest group of the share, for the size of scratch arrays."
+    size = 1
+    for g in range(lo, hi): size = max(size, offsets[g+1]-offsets[g])
+    return size
+
+# %% ../nbs/07_fusion_kernels.ipynb #95f5ba03
 AVERAGES = ("avg", "max", "box_and_model_avg", "absent_model_aware_avg", "overflow")
 
 
@@ -184,7 +195,7 @@ def _cluster_score(
     if mode == 3: return mean*n/(weight+(all_weights-present))
     return mean*(n if mode == 4 else min(n_sources, n))/all_weights
 
-# %% ../nbs/07_fusion_kernels.ipynb #95f5ba03
+# %% ../nbs/07_fusion_kernels.ipynb #7baf2d5e
 @compiled
 def _present_weights(mode, home, sources, weights, rows, n):
     "For each of n clusters, the sum of the weights of the sources in it, each once; only two of the averages ask."
@@ -197,131 +208,119 @@ def _present_weights(mode, home, sources, weights, rows, n):
             met[k, source] = True
     return present
 
-
+# %% ../nbs/07_fusion_kernels.ipynb #17704b69
 @compiled
-def _largest(offsets, lo, hi):
-    "Rows in the largest group of the share, for the size of scratch arrays."
-    size = 1
-    for g in range(lo, hi): size = max(size, offsets[g+1]-offsets[g])
-    return size
+def _add_member(exact, sums, total, k, box, score, first):
+    "Let `box` into cluster k and renew its mean, rounding where the reference does."
+    total[k] = score if first else total[k]+score
+    for c in range(4):
+        sums[k, c] = np.float32(score*box[c] if first else sums[k, c]+score*box[c])
+        if first: exact[k, c] = box[c]
+        elif total[k] > 0: exact[k, c] = np.float32(sums[k, c]/total[k])
 
-# %% ../nbs/07_fusion_kernels.ipynb #7baf2d5e
+# %% ../nbs/07_fusion_kernels.ipynb #562ae44c
 @compiled
 def wbf_groups(
-    boxes, # (n,4) float64 xyxy
-    scores, # (n,) float64, already multiplied by the weight of the source
-    sources, # (n,) int32, who found the box
-    weights, # (n_sources,) float64
+    boxes, scores, # (n,4) float64 xyxy; (n,) float64, times the weight of the source
+    sources, weights, # (n,) int32 who found the box; (n_sources,) float64
     order, offsets, # rows by group and falling score
     seen, # (n_groups,3) float64: number of sources that saw the image, sum and maximum of their weights
-    iou, # threshold, strict
-    mode, # index in AVERAGES
-    fused, # (n_kept,5) float64, written from each group's offset: x1, y1, x2, y2, score
-    counts, # (n_groups,) int64, written: clusters in the group
+    iou, mode, # threshold, strict; index in AVERAGES
+    fused, counts, # written from each group's offset: (n_kept,5) float64 box and score; (n_groups,) int64 clusters
     lo, hi, # range of groups
 ):
     "Weighted box fusion of each group."
     size = _largest(offsets, lo, hi)
-    clusters, sums = np.zeros((8, size)), np.zeros((size, 4), np.float32) # rows: x1 y1 x2 y2 area, Σ score, max score, Σ weight
-    overlap, members, home = np.zeros(size), np.zeros(size, np.int64), np.zeros(size, np.int64)
-    bits = overlap.view(np.int64)
+    columns, exact, sums = np.zeros((6, size), np.float32), np.zeros((size, 4)), np.zeros((size, 4), np.float32)
+    left, top, right, bottom, areas, rough = columns[0], columns[1], columns[2], columns[3], columns[4], columns[5]
+    total, best, weight, members, home = np.zeros(size), np.zeros(size), np.zeros(size), np.zeros(size, np.int64), np.zeros(size, np.int64)
+    bits, peak = rough.view(np.int32), np.zeros(1, np.float32)
+    peak_bits = peak.view(np.int32)
     for g in range(lo, hi):
         n, start, rows = 0, offsets[g], order[offsets[g]:offsets[g+1]]
+        slack = _slack(boxes, rows, iou)
         for i, row in enumerate(rows):
-            box = boxes[row]
-            _overlaps(clusters, n, box[0], box[1], box[2], box[3], overlap)
-            k = _best_overlap(overlap, bits, n, iou)
+            box, score = boxes[row], scores[row]
+            peak_bits[0] = _rough_overlaps(left, top, right, bottom, areas, n, np.float32(box[0]), np.float32(box[1]), np.float32(box[2]), np.float32(box[3]), rough, bits)
+            k = _nearest(rough, bits, peak[0], slack, exact, n, box[0], box[1], box[2], box[3], iou)
             first = k < 0
-            if first: k, clusters[6, n], clusters[7, n], members[n], n = n, scores[row], 0., 0, n+1
-            _join(clusters, sums, k, scores[row], box, first)
-            clusters[7, k] += weights[sources[row]]
-            members[k] += 1
-            home[i] = k
+            if first: k, best[n], weight[n], members[n], n = n, score, 0., 0, n+1
+            _add_member(exact, sums, total, k, box, score, first)
+            left[k], top[k], right[k], bottom[k] = exact[k, 0], exact[k, 1], exact[k, 2], exact[k, 3]
+            areas[k], weight[k], members[k], home[i] = (right[k]-left[k])*(bottom[k]-top[k]), weight[k]+weights[sources[row]], members[k]+1, k
         present = _present_weights(mode, home, sources, weights, rows, n)
         for k in range(n):
-            for c in range(4): fused[start+k, c] = clusters[c, k]
-            fused[start+k, 4] = _cluster_score(mode, clusters[5, k], clusters[6, k], members[k], clusters[7, k], present[k], seen[g, 0], seen[g, 1], seen[g, 2])
+            for c in range(4): fused[start+k, c] = exact[k, c]
+            fused[start+k, 4] = _cluster_score(mode, total[k], best[k], members[k], weight[k], present[k], seen[g, 0], seen[g, 1], seen[g, 2])
         counts[g] = n
 
-# %% ../nbs/07_fusion_kernels.ipynb #562ae44c
+# %% ../nbs/07_fusion_kernels.ipynb #4243d3ea
 @compiled
-def _pull(clusters, sums, k, score, box, first):
-    "Add `box` to cluster k, whose main box is clusters[:4, k], with weight score × IoU."
-    if first:
-        for c in range(4): clusters[c, k], sums[k, c] = box[c], 0
-        clusters[4, k], clusters[5, k], clusters[6, k] = (box[2]-box[0])*(box[3]-box[1]), 0., score
-    w, h = min(box[2], clusters[2, k])-max(box[0], clusters[0, k]), min(box[3], clusters[3, k])-max(box[1], clusters[1, k])
+def _pull(main, sums, total, k, box, score):
+    "Let `box` pull at main box k by score × IoU; returns the new sum of the weights."
+    w, h = min(box[2], main[k, 2])-max(box[0], main[k, 0]), min(box[3], main[k, 3])-max(box[1], main[k, 1])
     inter = max(w, 0.)*max(h, 0.)
-    pull = score*(inter/((box[2]-box[0])*(box[3]-box[1])+clusters[4, k]-inter))
+    pull = score*(inter/((box[2]-box[0])*(box[3]-box[1])+(main[k, 2]-main[k, 0])*(main[k, 3]-main[k, 1])-inter))
     for c in range(4): sums[k, c] = np.float32(sums[k, c]+pull*box[c])
-    clusters[5, k] += pull
-
-# %% ../nbs/07_fusion_kernels.ipynb #614e38ed
-@compiled
-def nmw_groups(
-    boxes, scores, # (n,4) float64 xyxy; (n,) float64, times the weight of the source
-    order, offsets, # rows by group and falling score
-    iou, # threshold, strict
-    fused, # (n_kept,5) float64, written: x1, y1, x2, y2, score
-    counts, # (n_groups,) int64, written
-    lo, hi, # range of groups
-):
-    "Weighted NMS of each group."
-    size = _largest(offsets, lo, hi)
-    clusters, sums, overlap = np.zeros((7, size)), np.zeros((size, 4), np.float32), np.zeros(size)
-    bits = overlap.view(np.int64)
-    for g in range(lo, hi):
-        n, start = 0, offsets[g]
-        for row in order[start:offsets[g+1]]:
-            box = boxes[row]
-            _overlaps(clusters, n, box[0], box[1], box[2], box[3], overlap)
-            k = _best_overlap(overlap, bits, n, iou)
-            first = k < 0
-            if first: k, n = n, n+1
-            _pull(clusters, sums, k, scores[row], box, first)
-        for k in range(n):
-            for c in range(4): fused[start+k, c] = np.float32(sums[k, c]/clusters[5, k]) if clusters[5, k] > 0 else clusters[c, k]
-            fused[start+k, 4] = np.float32(clusters[6, k])
-        counts[g] = n
+    return total+pull
 
 # %% ../nbs/07_fusion_kernels.ipynb #47d09d50
 @compiled
-def _load_columns(boxes, rows, columns):
-    for i, row in enumerate(rows):
-        for c in range(4): columns[c, i] = boxes[row, c]
-        columns[4, i] = (boxes[row, 2]-boxes[row, 0])*(boxes[row, 3]-boxes[row, 1])
+def _put_fused(fused, start, n, main, sums, total, best, weighted):
+    "Write n boxes and their scores; weighted NMS rounds to float32, as the reference does."
+    for k in range(n):
+        move = weighted and total[k] > 0
+        for c in range(4): fused[start+k, c] = np.float32(sums[k, c]/total[k]) if move else main[k, c]
+        fused[start+k, 4] = np.float32(best[k]) if weighted else best[k]
 
-
+# %% ../nbs/07_fusion_kernels.ipynb #2844a2e5
 @compiled
 def nms_groups(
     boxes, scores, # (n,4) float64 xyxy; (n,) float64
     order, offsets, # rows by group and falling score
-    iou, # threshold; a box that overlaps by exactly this much survives
-    fused, # (n_kept,5) float64, written: x1, y1, x2, y2, score
-    counts, # (n_groups,) int64, written
+    iou, weighted, # threshold, strict; whether suppressed boxes pull at the survivor
+    fused, counts, # written from each group's offset: (n_kept,5) float64 box and score; (n_groups,) int64 survivors
     lo, hi, # range of groups
 ):
-    "Non-maximum suppression of each group."
+    "Non-maximum suppression of each group, plain or weighted."
     size = _largest(offsets, lo, hi)
-    columns, overlap, alive = np.zeros((5, size)), np.zeros(size), np.zeros(size, np.int64)
+    columns, main, sums = np.zeros((6, size), np.float32), np.zeros((size, 4)), np.zeros((size, 4), np.float32)
+    left, top, right, bottom, areas, rough = columns[0], columns[1], columns[2], columns[3], columns[4], columns[5]
+    bits, peak, total, best = rough.view(np.int32), np.zeros(1, np.float32), np.zeros(size), np.zeros(size)
+    peak_bits = peak.view(np.int32)
     for g in range(lo, hi):
-        n, kept, start = offsets[g+1]-offsets[g], 0, offsets[g]
-        _load_columns(boxes, order[start:offsets[g+1]], columns)
-        for i in range(n): alive[i] = order[start+i]
-        while n > 0:
-            x1, y1, x2, y2 = columns[0, 0], columns[1, 0], columns[2, 0], columns[3, 0]
-            fused[start+kept] = x1, y1, x2, y2, scores[alive[0]]
-            kept += 1
-            _overlaps(columns, n, x1, y1, x2, y2, overlap)
-            left = 0
-            for i in range(1, n):
-                for c in range(5): columns[c, left] = columns[c, i]
-                alive[left] = alive[i]
-                left += overlap[i] <= iou
-            n = left
-        counts[g] = kept
+        n, rows = 0, order[offsets[g]:offsets[g+1]]
+        slack = _slack(boxes, rows, iou)
+        for row in rows:
+            box = boxes[row]
+            peak_bits[0] = _rough_overlaps(left, top, right, bottom, areas, n, np.float32(box[0]), np.float32(box[1]), np.float32(box[2]), np.float32(box[3]), rough, bits)
+            k = _nearest(rough, bits, peak[0], slack, main, n, box[0], box[1], box[2], box[3], iou)
+            if k < 0:
+                k, total[n], best[n], n = n, 0., scores[row], n+1
+                for c in range(4): main[k, c], columns[c, k], sums[k, c] = box[c], box[c], 0
+                areas[k] = (right[k]-left[k])*(bottom[k]-top[k])
+            if weighted: total[k] = _pull(main, sums, total[k], k, box, scores[row])
+        _put_fused(fused, offsets[g], n, main, sums, total, best, weighted)
+        counts[g] = n
 
-# %% ../nbs/07_fusion_kernels.ipynb #74c4cabd
+# %% ../nbs/07_fusion_kernels.ipynb #62e83953
+@compiled
+def _load_columns(boxes, scores, rows, columns):
+    for i, row in enumerate(rows):
+        for c in range(4): columns[c, i] = boxes[row, c]
+        columns[4, i], columns[5, i] = (boxes[row, 2]-boxes[row, 0])*(boxes[row, 3]-boxes[row, 1]), scores[row]
+
+
+@compiled
+def _overlaps(left, top, right, bottom, areas, i, n, iou):
+    x1, y1, x2, y2 = left[i], top[i], right[i], bottom[i]
+    for k in range(i+1, n):
+        w = (x2 if x2 < right[k] else right[k])-(x1 if x1 > left[k] else left[k])
+        h = (y2 if y2 < bottom[k] else bottom[k])-(y1 if y1 > top[k] else top[k])
+        inter = (w if w > 0. else 0.)*(h if h > 0. else 0.)
+        iou[k] = inter/(areas[k]+areas[i]-inter)
+
+
 @compiled
 def _decay(columns, overlap, i, n, linear, iou, sigma):
     for j in range(i+1, n):
@@ -329,15 +328,13 @@ def _decay(columns, overlap, i, n, linear, iou, sigma):
             if overlap[j] > iou: columns[5, j] *= 1-overlap[j]
         elif overlap[j] > 0: columns[5, j] *= np.exp(-(overlap[j]*overlap[j])/sigma)
 
-
+# %% ../nbs/07_fusion_kernels.ipynb #3c928854
 @compiled
 def soft_nms_groups(
     boxes, scores, # (n,4) float64 xyxy; (n,) float64
     order, offsets, # rows by group, any order
-    iou, # threshold of the linear rule
-    linear, sigma, floor, # rule; width of the gaussian; lowest score worth keeping
-    fused, # (n_kept,5) float64, written: x1, y1, x2, y2, lowered score
-    counts, # (n_groups,) int64, written
+    iou, linear, sigma, floor, # threshold of the linear rule; which rule; width of the gaussian; lowest score worth keeping
+    fused, counts, # written from each group's offset: (n_kept,5) float64 box and lowered score; (n_groups,) int64 survivors
     lo, hi, # range of groups
 ):
     "Soft-NMS of each group."
@@ -346,21 +343,19 @@ def soft_nms_groups(
     for g in range(lo, hi):
         n, start, kept = offsets[g+1]-offsets[g], offsets[g], 0
         rows = order[start:offsets[g+1]]
-        _load_columns(boxes, rows, columns)
-        for i, row in enumerate(rows): columns[5, i] = scores[row]
+        _load_columns(boxes, scores, rows, columns)
         for i in range(n):
             lead = i
             for j in range(i+1, n): lead = j if columns[5, j] > columns[5, lead] else lead
             if columns[5, lead] <= floor: break
             for c in range(6): columns[c, i], columns[c, lead] = columns[c, lead], columns[c, i]
             for c in range(4): fused[start+i, c] = columns[c, i]
-            fused[start+i, 4] = columns[5, i]
-            kept += 1
-            _overlaps(columns, n, columns[0, i], columns[1, i], columns[2, i], columns[3, i], overlap)
+            fused[start+i, 4], kept = columns[5, i], i+1
+            _overlaps(columns[0], columns[1], columns[2], columns[3], columns[4], i, n, overlap)
             _decay(columns, overlap, i, n, linear, iou, sigma)
         counts[g] = kept
 
-# %% ../nbs/07_fusion_kernels.ipynb #3c928854
+# %% ../nbs/07_fusion_kernels.ipynb #917c4f79
 METHODS = ("nms", "soft_nms", "wbf", "nmw")
 
 
@@ -371,24 +366,20 @@ def fuse_groups(
     offsets:np.ndarray, # (n_groups+1,)
     method:str, # one of METHODS
     iou:float, # threshold
-    sources:np.ndarray|None=None, # (n,) int32, for wbf
-    weights:np.ndarray|None=None, # (n_sources,) float64, for wbf
-    seen:np.ndarray|None=None, # (n_groups,3) float64, for wbf
-    average:str="avg", # one of AVERAGES, for wbf
+    sources=None, weights=None, seen=None, average:str="avg", # for wbf: (n,) int32, (n_sources,) float64, (n_groups,3) float64, one of AVERAGES
     soft:tuple[bool,float,float]=(False, .5, .001), # for soft_nms: linear?, sigma, floor
     n_threads:int|None=None, # None: all usable cores
 )->tuple[np.ndarray,np.ndarray]: # fused (n_kept,5), of which group g uses the first counts[g] rows from offsets[g]; counts
     "Fuse the boxes of each group."
     fused, counts = np.empty((len(order), 5)), np.zeros(len(offsets)-1, np.int64)
     if method == "wbf": args = wbf_groups, (boxes, scores, sources, weights, order, offsets, seen, iou, AVERAGES.index(average))
-    elif method == "nmw": args = nmw_groups, (boxes, scores, order, offsets, iou)
-    elif method == "nms": args = nms_groups, (boxes, scores, order, offsets, iou)
+    elif method in ("nms", "nmw"): args = nms_groups, (boxes, scores, order, offsets, iou, method == "nmw")
     elif method == "soft_nms": args = soft_nms_groups, (boxes, scores, order, offsets, iou, *soft)
     else: raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     run_shares(args[0], offsets, *args[1], fused, counts, n_threads=n_threads)
     return fused, counts
 
-# %% ../nbs/07_fusion_kernels.ipynb #917c4f79
+# %% ../nbs/07_fusion_kernels.ipynb #005a4db3
 @compiled
 def _close_gaps(offsets, counts, starts, taken):
     for g in range(len(counts)):
