@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'Root', 'Name', 'Friendly', 'examples', 'common', 'toy', 'run_one', 'finish', 'cache', 'folds', 'sweep',
-           'wide_console', 'print_rows', 'ledger_tables', 'cell_text', 'runs', 'check']
+           'print_rows', 'ledger_tables', 'cell_text', 'runs', 'check']
 
 # %% ../nbs/40_cli.ipynb #44e0b9f1
-import os, sys
+import io, os, sys
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -135,22 +135,21 @@ def sweep(
     else: finish(run_sweep(plan, slots=slots))
 
 # %% ../nbs/40_cli.ipynb #b6149bb9
-def wide_console():# rich console
-    "A console that never cuts a table when its output goes to a file."
-    from rich.console import Console
-    return Console() if sys.stdout.isatty() else Console(width=240, force_terminal=False)
-
-
 def print_rows(
     rows:list[dict], # with equal keys
     title:str, # above the table
 )->None:
-    "Print rows as a table."
+    "Print rows as a table; in a file or a pipe nothing is cut and no line ends in spaces."
+    from rich.console import Console
     from rich.table import Table
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    from rich.text import Text
+    table = Table(title=Text(title) if title else None, title_justify="left", box=None, pad_edge=False)
     for column in rows[0]: table.add_column(column, overflow="fold")
-    for row in rows: table.add_row(*(str(v) for v in row.values()))
-    wide_console().print(table, markup=False, highlight=False)
+    for row in rows: table.add_row(*(Text(str(v)) for v in row.values()))
+    if sys.stdout.isatty(): return Console().print(table)
+    console = Console(width=400, force_terminal=False, file=io.StringIO(), record=True)
+    console.print(table)
+    typer.echo("\n".join(line.rstrip() for line in console.export_text().splitlines()))
 
 # %% ../nbs/40_cli.ipynb #75ea117a
 def ledger_tables(
@@ -195,7 +194,9 @@ def runs(
     if not found: typer.echo("No sealed run"+(" matches" if comp or flow or name else " yet")+"; start one with `cxrkit sweep sweeps/demo.yaml`.")
     for title, table in found:
         if markdown: typer.echo(f"### {title}\n\n{markdown_table(table)}\n")
-        else: print_rows([{c: cell_text(v) for c, v in zip(table.columns, row)} for row in table.astype(object).to_numpy()], f"\n{title}")
+        else:
+            print_rows([{c: cell_text(v) for c, v in zip(table.columns, row)} for row in table.astype(object).to_numpy()], title)
+            typer.echo()
 
 # %% ../nbs/40_cli.ipynb #c5c71844
 @app.command(epilog=examples("$ cxrkit check submission.csv data/toy/sample_submission.csv --comp toy",

@@ -87,6 +87,7 @@ def run_notebook(
     params:Mapping, # every parameter
 )->None:
     "Execute a flow notebook into its run folder and seal the folder. Call it from the child process only."
+    sys.modules.setdefault("rfc3987_syntax", None) # optional for jsonschema, which would build its grammar of web addresses for 1.7 s
     import papermill
     launch = lock_folder(partial, ".launch")
     papermill.execute_notebook(notebook, str(partial/"notebook.ipynb"), parameters=dict(params), kernel_name="python3", language="python", kernel_manager_class=own_kernel())

@@ -74,7 +74,7 @@ def write_notebook(path: Path, *cells: str, tagged: int | None = 0) -> Path:
     cells = [dict(cell_type="code", id=f"cell{i}", source=textwrap.dedent(s).strip(), outputs=[], execution_count=None,
                   metadata=dict(tags=["parameters"]) if i == tagged else {}) for i, s in enumerate(cells)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)))
+    path.write_text(json.dumps(dict(cells=cells, metadata=dict(kernelspec=dict(name="python3", language="python", display_name="python3")), nbformat=4, nbformat_minor=5)))
     return path
 
 
