@@ -68,7 +68,7 @@ def judge_reply(
     return "refused" if code == 0 else "unclear"
 
 # %% ../nbs/32_client.ipynb #fbe066a5
-class KaggleError(RuntimeError):
+class KaggleError(OSError):
     "Kaggle, or its client, did not do what was asked; the message says what it said."
 
 

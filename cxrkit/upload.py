@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Upload', 'look', 'list_remote', 'fetch_fingerprint', 'compare_remote', 'settle', 'send', 'name_dataset',
-           'upload_package']
+           'resume_folder', 'upload_package']
 
 # %% ../nbs/33_upload.ipynb #44e0b9f1
 import json, re, shutil, tempfile, time, zipfile
@@ -145,6 +145,16 @@ def name_dataset(
     return ref
 
 # %% ../nbs/33_upload.ipynb #75ea117a
+def resume_folder(
+    client:Client, # whose temporary folder it is
+    fingerprint:str, # of what is uploaded
+)->Path: # where the client keeps its resume state
+    "A folder for the resume state of this content and no other."
+    base = Path((client.env or {}).get("TMPDIR") or tempfile.gettempdir())
+    (state := base/f"cxrkit-upload-{fingerprint[:16]}").mkdir(parents=True, exist_ok=True)
+    return state
+
+# %% ../nbs/33_upload.ipynb #a2018980
 def upload_package(
     folder:str|Path, # a packed dataset, e.g. kaggle_datasets/models
     client:Client=Client(), # how to run the kaggle client
@@ -157,11 +167,11 @@ def upload_package(
     ref, mark = name_dataset(folder, client, owner), read_json(folder/FINGERPRINT)
     total = dict(fingerprint=mark["fingerprint"], files=mark["files"]+2, bytes=mark["bytes"])
     before = look(client, ref)
-    if before and before[0] == "ready" and not compare_remote(folder, client, f"{ref}/{before[1]}"): return Upload(ref, before[1], action="unchanged", **total)
-    base = Path((client.env or {}).get("TMPDIR") or tempfile.gettempdir())
+    if before and before[0] != "failed": # an earlier upload may be there, or on its way
+        wrong = compare_remote(folder, client, f"{ref}/{before[1]}") if before[0] == "ready" else settle(folder, client, ref, before[1])[1]
+        if not wrong: return Upload(ref, before[1], action="unchanged", **total)
     for attempt in range(2):
-        state = base/f"cxrkit-upload-{mark['fingerprint'][:16]}" # the client's resume state, of this content and no other
-        state.mkdir(parents=True, exist_ok=True)
+        state = resume_folder(client, mark["fingerprint"])
         action, expected = send(folder, replace(client, temp=str(state)), ref, before, public, message or f"cxrkit {mark['kind']} {mark['fingerprint'][:12]}")
         number, wrong = settle(folder, client, ref, expected)
         shutil.rmtree(state, ignore_errors=True)
