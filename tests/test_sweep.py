@@ -251,33 +251,39 @@ def gone(processes, seconds=20):
 
 
 def disturb(root, dice):
-    "Start the sweep, kill one of its processes after a random time; returns whether it had ended before."
-    launcher, moment = launch_sweep(root), dice.uniform(.3, 9.)
+    "Start the sweep and kill one of its processes after a random time; None if it had ended before, else what was killed."
+    launcher, moment = launch_sweep(root), dice.uniform(.3, 8.)
     try:
-        launcher.wait(timeout=moment)
-        return True
+        text, _ = launcher.communicate(timeout=moment)
+        assert launcher.returncode == 0, text
+        return None
     except subprocess.TimeoutExpired: pass
     children = family(launcher)
     victim = dice.choice([psutil.Process(launcher.pid), *children])
-    try: victim.send_signal(signal.SIGKILL)
-    except psutil.NoSuchProcess: pass
-    if victim.pid != launcher.pid: launcher.send_signal(signal.SIGINT) if dice.random() < .3 else None
-    launcher.communicate(timeout=120)
+    try:
+        kind = "launcher" if victim.pid == launcher.pid else "kernel" if "ipykernel" in " ".join(victim.cmdline()) else "child"
+        victim.send_signal(signal.SIGKILL)
+    except psutil.NoSuchProcess: kind = "nothing"
+    launcher.communicate(timeout=240)
     assert gone(children), "an orphan survived"
-    return False
+    return kind
 
 
-def check_kills(root, times, seed):
-    quiet, dice = root/"quiet", random.Random(seed)
-    for place in (quiet, root/"disturbed"): write_project(place)
+def check_kills(folder, times, seed):
+    "Kill so often, in fresh projects whenever one is finished; every project ends with the bytes of an undisturbed one."
+    dice, killed, quiet = random.Random(seed), [], write_project(folder/"quiet")
     assert launch_sweep(quiet).wait(timeout=240) == 0
-    kills = [disturb(root/"disturbed", dice) for _ in range(times)]
-    last = launch_sweep(root/"disturbed")
+    place = write_project(folder/"disturbed0")
+    while len(killed) < times:
+        kind = disturb(place, dice)
+        if kind is None: place = write_project(folder/f"disturbed{len(killed)}")
+        elif kind != "nothing": killed.append(kind)
+    last = launch_sweep(place)
     text, _ = last.communicate(timeout=240)
     assert last.returncode == 0, text
-    assert sealed_results(root/"disturbed") == sealed_results(quiet)
-    assert sealed_results(quiet) and not list((root/"disturbed").rglob("*.partial"))
-    return kills
+    for place in folder.glob("disturbed*"):
+        assert sealed_results(place) == sealed_results(quiet) and not list(place.rglob("*.partial"))
+    return killed
 
 
 def test_after_kills_the_same_command_gives_the_same_bytes(tmp_path):
@@ -286,8 +292,8 @@ def test_after_kills_the_same_command_gives_the_same_bytes(tmp_path):
 
 @pytest.mark.slow
 def test_after_ten_kills_the_same_command_gives_the_same_bytes(tmp_path):
-    kills = check_kills(tmp_path, 10, seed=2)
-    assert len(kills) == 10
+    killed = check_kills(tmp_path, 10, seed=2)
+    assert len(killed) == 10 and len(set(killed)) > 1, killed
 
 
 @pytest.mark.slow
