@@ -28,7 +28,7 @@ def as_size(
 )->tuple[int,int]: # (height, width)
     "A size as (height, width)."
     pair = (size, size) if np.isscalar(size) else tuple(size)
-    if len(pair) != 2 or any(not float(s).is_integer() or s < 1 for s in pair):
+    if len(pair) != 2 or any(isinstance(s, str) or not float(s).is_integer() or s < 1 for s in pair):
         raise ValueError(f"size: expected an int or (height, width) in whole pixels, got {size!r}")
     return int(pair[0]), int(pair[1])
 
