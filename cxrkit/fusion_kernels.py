@@ -30,15 +30,16 @@ def usable_cores()->int: # at least 1
 
 def run_shares(
     kernel, # compiled function whose last two arguments are the range of groups to work on
-    offsets:np.ndarray, # (n_groups+1,) int64, where each group's rows begin
+    offsets:np.ndarray|int, # (n_groups+1,) int64, where each group's rows begin; or a number of rows without groups
     *args, # the kernel's other arguments
     n_threads:int|None=None, # None: all usable cores
 )->None:
     "Run `kernel(*args, lo, hi)` over all groups, in shares of about equally many rows."
-    n_groups, n_threads = len(offsets)-1, n_threads or usable_cores()
-    if n_threads == 1 or offsets[-1] < 20_000: return kernel(*args, 0, n_groups)
-    cuts = np.linspace(0, offsets[-1], 8*n_threads+1)[1:-1]
-    bounds = [0, *np.searchsorted(offsets, cuts).tolist(), n_groups]
+    flat, n_threads = isinstance(offsets, int), n_threads or usable_cores()
+    n_groups, n_rows = (offsets, offsets) if flat else (len(offsets)-1, offsets[-1])
+    if n_threads == 1 or n_rows < 20_000: return kernel(*args, 0, n_groups)
+    cuts = np.linspace(0, n_rows, 8*n_threads+1)[1:-1].astype(np.int64)
+    bounds = [0, *(cuts if flat else np.searchsorted(offsets, cuts)).tolist(), n_groups]
     with ThreadPoolExecutor(n_threads) as pool:
         list(pool.map(lambda share: kernel(*args, *share), zip(bounds[:-1], bounds[1:])))
 

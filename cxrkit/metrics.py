@@ -88,7 +88,7 @@ def match_boxes(
     starts, rows = group_rows(groups[:len(truth)], max(1, len(names)*len(labels)))
     boxes, truth_boxes = _numbers(preds, "preds", _SIDES), _numbers(truth, "truth", _SIDES)[rows]
     best, overlap = np.empty(len(preds), np.int64), np.empty(len(preds))
-    run_shares(best_truths, np.arange(len(preds)+1), groups[len(truth):], boxes, starts, truth_boxes, best, overlap)
+    run_shares(best_truths, len(preds), groups[len(truth):], boxes, starts, truth_boxes, best, overlap)
     scores = _numbers(preds, "preds", ["score"])[:, 0].astype(np.float64)
     return Matches(labels, truth_codes[rows], rows, pred_codes, scores, best, overlap)
 

@@ -47,69 +47,76 @@ def _as_frame(table, name):
     return pd.read_csv(path, dtype=str, keep_default_na=False)
 
 
+def _read_words(submission, grammar):
+    "Row of each prediction, and the words as numbers; errors name the row."
+    from cxrkit.parsing import parse_rows
+    texts = submission.iloc[:, 1].fillna("").astype(str).tolist()
+    words = parse_rows(texts, len(grammar), grammar.index("label") if "label" in grammar else -1)
+    where = lambda row: f"row {row} (id {submission.iloc[row, 0]!r})"
+    if (uneven := np.flatnonzero(words.counts % len(grammar))).size:
+        raise SubmissionError(f"{where(uneven[0])}: {words.counts[uneven[0]]} words are not a multiple of {len(grammar)} ({' '.join(grammar)}): {texts[uneven[0]][:80]!r}")
+    rows = np.repeat(np.arange(len(texts)), words.counts//len(grammar))
+    if words.odd:
+        at, spelling = words.odd[0]
+        raise SubmissionError(f"{where(rows[at//len(grammar)])}: {grammar[at % len(grammar)]} is {spelling!r}, expected a number")
+    return rows, words
+
+
 def read_predictions(
     submission:pd.DataFrame, # id, PredictionString
     grammar:tuple[str,...], # words of one prediction
-)->pd.DataFrame: # id, and a column for each word of the grammar; one row a prediction
+)->pd.DataFrame: # row (of the submission), id, and a column for each word of the grammar; one row a prediction
     "Split prediction strings into rows."
-    ids, texts = submission.iloc[:, 0].to_numpy(object), submission.iloc[:, 1].fillna("").to_numpy(object)
-    words = [str(t).split() for t in texts]
-    counts = np.array([len(w) for w in words], int)
-    if (counts % len(grammar)).any():
-        row = np.flatnonzero(counts % len(grammar))[0]
-        raise SubmissionError(f"row {row} (id {ids[row]!r}): {counts[row]} words are not a multiple of {len(grammar)} ({' '.join(grammar)}): {texts[row][:80]!r}")
-    flat = np.array([w for row in words for w in row], object).reshape(-1, len(grammar))
-    owner = np.repeat(np.arange(len(ids)), counts//len(grammar))
-    out = {"id": ids[owner]}
-    for i, word in enumerate(grammar):
-        column = flat[:, i]
-        if word != "label":
-            try: column = column.astype(np.float64)
-            except ValueError:
-                bad = next(j for j, w in enumerate(column) if not _is_number(w))
-                raise SubmissionError(f"row {owner[bad]} (id {ids[owner[bad]]!r}): {word} is {column[bad]!r}, expected a number") from None
-        out[word] = column
-    return pd.DataFrame(out)
+    rows, words = _read_words(submission, grammar)
+    columns = {w: _take(words.labels, words.values[:, i].astype(int)) if w == "label" else words.values[:, i] for i, w in enumerate(grammar)}
+    return pd.DataFrame({"row": rows, "id": _take(submission.iloc[:, 0].to_numpy(object), rows), **columns})
+
+
+def _take(names, codes):
+    "Text column names[codes]."
+    return pd.Series(np.asarray(names, object) if len(names) else np.array([""], object)).array.take(codes)
 
 # %% ../nbs/14_submit.ipynb #b4f4c709
-def _split_ids(ids, levels):
-    "Ids without the ending that names their level, and the level (None: no such ending)."
-    ids = pd.Series(ids, dtype=object).astype(str)
-    level = pd.Series([None]*len(ids), dtype=object)
-    for name in levels:
-        mine = ids.str.endswith("_"+name)
-        level[mine] = name
-        ids = ids.where(~mine, ids.str.slice(0, -len(name)-1))
-    return ids.to_numpy(object), level.to_numpy(object)
-
-
-def _corners(rows):
-    "x1, y1, x2, y2 of rows in either spelling."
-    if "w" not in rows: return rows[["x1", "y1", "x2", "y2"]].to_numpy(np.float64)
-    x, y, w, h = rows[["x", "y", "w", "h"]].to_numpy(np.float64).T
-    return np.stack([x, y, x+w, y+h], axis=1)
+def _split_ids(
+    ids, # ids of a submission's rows
+    spec=None, # CompSpec: its levels
+)->tuple[np.ndarray,np.ndarray]: # ids without the ending that names their level; the level, '' where there is no such ending
+    "Tell `…_study` from `…_image`."
+    names, levels = [str(i) for i in ids], spec.labels if spec else ("study", "image")
+    found = [next((x for x in levels if name.endswith("_"+x)), "") for name in names]
+    return np.array([n[:len(n)-len(x)-1] if x else n for n, x in zip(names, found)], object), np.array(found, object)
 
 # %% ../nbs/14_submit.ipynb #b6149bb9
+def _side_columns(values, grammar):
+    "x1, y1, x2, y2 of predictions in either spelling; units in a grammar without boxes have 0 0 1 1."
+    column = lambda word: values[:, grammar.index(word)]
+    if "x1" in grammar: return [column(c) for c in ("x1", "y1", "x2", "y2")]
+    if "w" in grammar: return [column("x"), column("y"), column("x")+column("w"), column("y")+column("h")]
+    return [np.full(len(values), v, float) for v in (0, 0, 1, 1)]
+
+
 def parse_submission(
     submission, # DataFrame or CSV file: id, PredictionString
     grammar=None, # a CompSpec, or the words of a prediction; None: guess
-    images:pd.DataFrame|None=None, # not needed; the place of the third argument in check_contract
+    images:pd.DataFrame|None=None, # not needed; the third argument of `check_contract`'s parse
     run_id:str="submission", # name to put on the rows
 )->tuple[pd.DataFrame,pd.DataFrame]: # cls_preds, box_preds
     "A submission as the tables it was written from."
     submission = _as_frame(submission, "submission")
     spec = grammar if hasattr(grammar, "grammar") else None
-    words = spec.grammar if spec else grammar or infer_grammar(submission)
-    rows = read_predictions(submission, words)
-    corners = _corners(rows) if len(words) > 2 else np.tile([0., 0, 1, 1], (len(rows), 1))
-    unit_ids, level = _split_ids(rows["id"], spec.labels if spec else ("study", "image"))
-    level = np.where(pd.isna(level), "image", level)
-    if "label" not in rows: rows["label"] = spec.box_labels[0] if spec else "opacity"
-    is_unit = (~rows["label"].isin(spec.box_labels)).to_numpy() if spec else (corners == [0, 0, 1, 1]).all(1) & ("label" in words)
-    out = pd.DataFrame({"run_id": run_id, "fold": np.int16(-1), "level": level, "unit_id": unit_ids, "label": rows["label"].to_numpy(object), "prob": rows["score"].to_numpy(float)})
-    box = out.rename(columns={"unit_id": "image_id", "prob": "score"}).drop(columns="level")
-    box = box.assign(**{c: corners[:, i].astype(np.float32) for i, c in enumerate(["x1", "y1", "x2", "y2"])})
-    return out[is_unit].reset_index(drop=True), box[~is_unit].reset_index(drop=True)
+    grammar = tuple(spec.grammar if spec else grammar or infer_grammar(submission))
+    rows, words = _read_words(submission, grammar)
+    (ids, levels), sides = _split_ids(submission.iloc[:, 0], spec), _side_columns(words.values, grammar)
+    names = words.labels if "label" in grammar else [spec.box_labels[0] if spec else "opacity"]
+    codes = words.values[:, grammar.index("label")].astype(int) if "label" in grammar else np.zeros(len(rows), int)
+    if spec: is_unit = ~np.isin(names, spec.box_labels)[codes]
+    else: is_unit = np.all([s == v for s, v in zip(sides, (0, 0, 1, 1))], axis=0) & ("label" in grammar)
+    unit, box = np.flatnonzero(is_unit), np.flatnonzero(~is_unit)
+    same = lambda at: {"run_id": _take([run_id], np.zeros(len(at), int)), "fold": np.full(len(at), -1, np.int16)}
+    score, level = words.values[:, grammar.index("score")], np.where(levels == "", "image", levels)
+    return (pd.DataFrame({**same(unit), "level": _take(level, rows[unit]), "unit_id": _take(ids, rows[unit]), "label": _take(names, codes[unit]), "prob": score[unit]}),
+            pd.DataFrame({**same(box), "image_id": _take(ids, rows[box]), "label": _take(names, codes[box]), "score": score[box],
+                          **{c: s[box].astype(np.float32) for c, s in zip(("x1", "y1", "x2", "y2"), sides)}}))
 
 # %% ../nbs/14_submit.ipynb #a2018980
 def _some(values):
@@ -136,36 +143,35 @@ def _refuse(rows, bad, rule):
     "An error that shows the first prediction for which `bad` is true."
     if not bad.any(): return
     first = rows[bad].iloc[0].to_dict()
-    raise SubmissionError(f"predictions: expected {rule}; {bad.sum()} of {len(rows)} are different, the first is "+" ".join(f"{k}={v!r}" if k in ("id", "label") else f"{k}={v:g}" for k, v in first.items()))
+    raise SubmissionError(f"predictions: expected {rule}; {bad.sum()} of {len(rows)} are different, the first is "+" ".join(f"{k}={v!r}" if k in ("row", "id", "label") else f"{k}={v:g}" for k, v in first.items()))
 
 
-def _check_labels(rows, spec):
+def _check_labels(rows, levels, spec):
     "Known names, at the level they belong to."
     if "label" not in rows: return
-    numeric = rows["label"].map(_is_number).astype(bool)
-    _refuse(rows, numeric, "a label, not a number: class codes must be written as the competition's names")
+    numbers = [n for n in rows["label"].unique() if _is_number(n)]
+    _refuse(rows, rows["label"].isin(numbers), "a label, not a number: class codes must be written as the competition's names")
     if spec is None: return
     known = {x for names in spec.labels.values() for x in names} | set(spec.box_labels)
     _refuse(rows, ~rows["label"].isin(known), f"one of the labels {', '.join(sorted(known))}")
-    level = _split_ids(rows["id"], spec.labels)[1]
+    level = levels[rows["row"]]
     for name, labels in spec.labels.items():
         allowed = set(labels) | (set(spec.box_labels) if name == "image" else set())
         _refuse(rows, (level == name) & ~rows["label"].isin(allowed).to_numpy(), f"labels of level {name!r} ({', '.join(sorted(allowed))}) on ids that end in _{name}")
 
 # %% ../nbs/14_submit.ipynb #c5c71844
-def _check_boxes(rows, spec, images):
+def _check_boxes(rows, ids, levels, images):
     "Finite scores within 0…1, corners in order, boxes inside their image."
     _refuse(rows, ~np.isfinite(rows["score"]), "finite scores")
     _refuse(rows, ~rows["score"].between(0, 1), "scores within 0…1")
-    if len(rows.columns) <= 3: return
-    corners = _corners(rows)
+    if not {"x1", "w"} & set(rows.columns): return
+    words = [c for c in rows.columns if c not in ("row", "id", "label")]
+    corners = np.stack(_side_columns(rows[words].to_numpy(), words), axis=1)
     _refuse(rows, ~np.isfinite(corners).all(1), "finite coordinates")
     _refuse(rows, (corners[:, :2] >= corners[:, 2:]).any(1), "width and height above 0" if "w" in rows else "x1 < x2 and y1 < y2")
     if images is None: return
-    levels = spec.labels if spec else ("study", "image")
-    ids, level = _split_ids(rows["id"], levels)
-    size = images.drop_duplicates("image_id").set_index("image_id")[["width", "height"]].reindex(ids).to_numpy(float)
-    boxes = (corners != [0, 0, 1, 1]).any(1) & (pd.isna(level) | (level == "image"))
+    size = images.drop_duplicates("image_id").set_index("image_id")[["width", "height"]].reindex(ids).to_numpy(float)[rows["row"]]
+    boxes = (corners != [0, 0, 1, 1]).any(1) & np.isin(levels, ["", "image"])[rows["row"]]
     _refuse(rows, boxes & np.isnan(size[:, 0]), "ids of images whose size is known")
     _refuse(rows, boxes & ((corners[:, :2] < -1) | (corners[:, 2:] > size+1)).any(1), "boxes inside their image, in pixels of the original; were boxes of the resized image written, or x and y swapped?")
 
@@ -180,8 +186,9 @@ def check_submission(
     submission, sample = _as_frame(submission, "submission"), _as_frame(sample, "sample")
     _check_frame(submission, sample)
     rows = read_predictions(submission, spec.grammar if spec else infer_grammar(sample))
-    _check_labels(rows, spec)
-    _check_boxes(rows, spec, images)
+    ids, levels = _split_ids(submission.iloc[:, 0], spec)
+    _check_labels(rows, levels, spec)
+    _check_boxes(rows, ids, levels, images)
     texts = submission.iloc[:, 1].fillna("").astype(str)
     report = {"rows": len(submission), "empty_rows": int((texts.str.strip() == "").sum()), "predictions": len(rows)}
     if "label" in rows: report.update(rows["label"].value_counts().sort_index().to_dict())
