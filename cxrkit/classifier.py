@@ -180,7 +180,7 @@ def build_classifier(
     task = Classifier(replace(config, pretrained="") if weights else config)
     if weights:
         load_weights(task, weights)
-        task.config, task.weights_from = config, f"trained weights of {weights}"
+        task.config, task.weights_from = config, f"trained weights of {Path(weights).name}"
     announce("classifier", config.backbone, task.weights_from)
     return task
 

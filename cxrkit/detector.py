@@ -35,12 +35,16 @@ from effdet.loss import DetectionLoss
 def to_effdet(
     boxes:list[torch.Tensor], # one an image: (n,4) float xyxy, network pixels
     labels:list[torch.Tensor], # one an image: (n,) int64, 0-based
-    device:torch.device, # where the network is
+    size:tuple[int,int], # (height, width) of the network's input
+    device:torch.device="cpu", # where the network is
 )->tuple[list[torch.Tensor],list[torch.Tensor]]: # yxyx boxes, 1-based float labels
     "Boxes and labels as effdet's labeler wants them."
+    most = torch.tensor([size[1], size[0], size[1], size[0]])+.5
     for b, l in zip(boxes, labels, strict=True):
         if b.ndim != 2 or b.shape[1] != 4 or len(b) != len(l): raise ValueError(f"boxes: expected (n,4) with n labels, got {tuple(b.shape)} and {tuple(l.shape)}")
         if (b[:, 2:] <= b[:, :2]).any(): raise ValueError(f"boxes: expected x1 < x2 and y1 < y2, got {b[(b[:, 2:] <= b[:, :2]).any(1)][0].tolist()}")
+        outside = ((b.cpu() < -.5) | (b.cpu() > most)).any(1)
+        if outside.any(): raise ValueError(f"boxes: expected x1, y1, x2, y2 in pixels of the {size} (height, width) network image, got {b[outside.to(b.device)][0].tolist()}; were x and y swapped, or is it still in original pixels?")
     return [b.to(device).float()[:, [1, 0, 3, 2]] for b in boxes], [l.to(device).float()+1 for l in labels]
 
 # %% ../nbs/22_detector.ipynb #0b7dc53a
@@ -219,7 +223,7 @@ class Detector(torch.nn.Module):
         if any(len(l) and int(l.max()) >= len(self.config.labels) for l in batch["box_labels"]):
             raise ValueError(f"batch: expected box labels below {len(self.config.labels)} ({self.config.labels}), got {max(int(l.max()) for l in batch['box_labels'] if len(l))}; labels are 0-based positions in config.labels")
         image = self.normalize(batch["image"])
-        targets = self.labeler.batch_label_anchors(*to_effdet(batch["boxes"], batch["box_labels"], image.device))
+        targets = self.labeler.batch_label_anchors(*to_effdet(batch["boxes"], batch["box_labels"], self.config.size, image.device))
         loss, class_loss, box_loss = self.loss(*self.net(image), *targets)
         return {"loss": loss, "class_loss": class_loss.detach(), "box_loss": box_loss.detach()}
 
@@ -254,7 +258,7 @@ def build_detector(
     task = Detector(replace(config, pretrained="") if weights else config)
     if weights:
         load_weights(task, weights)
-        task.config, task.weights_from = config, f"trained weights of {weights}"
+        task.config, task.weights_from = config, f"trained weights of {Path(weights).name}"
     announce("detector", config.backbone, task.weights_from)
     return task
 
