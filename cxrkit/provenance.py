@@ -224,7 +224,7 @@ def data_fingerprint(
     return digest.hexdigest()
 
 # %% ../nbs/02_provenance.ipynb #917c4f79
-VOLATILE = ("notebook.ipynb", "env.json", "log.csv") # differ between two runs with equal results
+VOLATILE = ("notebook.ipynb", "env.json", "log.csv", "journal.jsonl") # differ between two runs with equal results
 
 
 def file_table(
@@ -241,7 +241,7 @@ def content_hash(
     files:Mapping[str,dict], # as from `file_table`
 )->str: # hexadecimal
     "One hash for what a run found: its files without the volatile ones."
-    return hashlib.sha256("\n".join(f"{name} {f['sha256']}" for name, f in sorted(files.items()) if name not in VOLATILE).encode()).hexdigest()
+    return hashlib.sha256("\n".join(f"{name} {f['sha256']}" for name, f in sorted(files.items()) if Path(name).name not in VOLATILE).encode()).hexdigest()
 
 # %% ../nbs/02_provenance.ipynb #62a9baa6
 class RunCorrupt(ValueError):

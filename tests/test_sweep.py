@@ -303,3 +303,16 @@ def test_two_launchers_share_the_work(tmp_path):
     texts = [p.communicate(timeout=240)[0] for p in both]
     assert [p.returncode for p in both] == [0, 0], texts
     assert len(find_runs("lesson", root=tmp_path)) == 4 and not list(tmp_path.rglob("*.partial"))
+
+
+def test_an_edit_while_a_run_starts_gives_it_another_name(project):
+    plan = plan_sweep(dict(comp="lesson", runs=[dict(flow="10_make")]), project)
+    launch = Launch(project, {p.key: Task(p) for p in plan.runs}, 1, 1, [])
+    task, = launch.tasks.values()
+    advance(launch)
+    assert task.state == "running"
+    planned, notebook = task.run.run_id, project/"nbs"/"flow"/"10_make.ipynb"
+    notebook.write_text(notebook.read_text().replace("(seed+1)*i % 7", "(seed+2)*i % 7"))
+    while advance(launch): time.sleep(.1)
+    assert task.state == "sealed" and task.run.run_id != planned and task.moves == 1
+    assert [p.name for p in (project/"runs"/"lesson"/"10_make").iterdir()] == [task.run.run_id]
