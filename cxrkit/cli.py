@@ -143,9 +143,10 @@ def print_rows(
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
-    table = Table(title=Text(title) if title else None, title_justify="left", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     for column in rows[0]: table.add_column(column, overflow="fold")
     for row in rows: table.add_row(*(Text(str(v)) for v in row.values()))
+    if title: typer.secho(title, bold=True)
     if sys.stdout.isatty(): return Console().print(table)
     console = Console(width=400, force_terminal=False, file=io.StringIO(), record=True)
     console.print(table)

@@ -380,7 +380,8 @@ def ledger(
         env = json.loads((run.path/"env.json").read_text()) if (run.path/"env.json").is_file() else {}
         rows.append(row|dict(seconds=env.get("seconds"), sealed=load_manifest(run.folder)["sealed"]))
     first, last = ["comp", "flow", "name", "fold", "id"], ["seconds", "sealed"]
-    table = pd.DataFrame(rows, columns=first+[c for c in dict.fromkeys(k for row in rows for k in row) if c not in first+last]+last)
-    table = table.astype({"fold": "Int64", "seconds": float})
-    table.attrs = dict(params=[c for c in table if any(c == k for _, k in values)], scores=[c for c in table if c not in first+last and not any(c == k for _, k in values)])
+    params = list(dict.fromkeys(k for (_, k), found in values.items() if len(found) > 1))
+    scores = list(dict.fromkeys(k for row in rows for k in row if k not in (*first, *params, *last)))
+    table = pd.DataFrame(rows, columns=first+params+scores+last).astype({"fold": "Int64", "seconds": float})
+    table.attrs = dict(params=params, scores=scores)
     return table
