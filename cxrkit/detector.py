@@ -39,12 +39,13 @@ def to_effdet(
     device:torch.device="cpu", # where the network is
 )->tuple[list[torch.Tensor],list[torch.Tensor]]: # yxyx boxes, 1-based float labels
     "Boxes and labels as effdet's labeler wants them."
-    most = torch.tensor([size[1], size[0], size[1], size[0]])+.5
     for b, l in zip(boxes, labels, strict=True):
         if b.ndim != 2 or b.shape[1] != 4 or len(b) != len(l): raise ValueError(f"boxes: expected (n,4) with n labels, got {tuple(b.shape)} and {tuple(l.shape)}")
-        if (b[:, 2:] <= b[:, :2]).any(): raise ValueError(f"boxes: expected x1 < x2 and y1 < y2, got {b[(b[:, 2:] <= b[:, :2]).any(1)][0].tolist()}")
-        outside = ((b.cpu() < -.5) | (b.cpu() > most)).any(1)
-        if outside.any(): raise ValueError(f"boxes: expected x1, y1, x2, y2 in pixels of the {size} (height, width) network image, got {b[outside.to(b.device)][0].tolist()}; were x and y swapped, or is it still in original pixels?")
+    whole = torch.cat(list(boxes)).float().cpu()
+    inverted = (whole[:, 2:] <= whole[:, :2]).any(1)
+    if inverted.any(): raise ValueError(f"boxes: expected x1 < x2 and y1 < y2, got {whole[inverted][0].tolist()}")
+    outside = (whole < -.5).any(1) | (whole[:, 2] > size[1]+.5) | (whole[:, 3] > size[0]+.5)
+    if outside.any(): raise ValueError(f"boxes: expected x1, y1, x2, y2 in pixels of the {size} (height, width) network image, got {whole[outside][0].tolist()}; were x and y swapped, or is it still in original pixels?")
     return [b.to(device).float()[:, [1, 0, 3, 2]] for b in boxes], [l.to(device).float()+1 for l in labels]
 
 # %% ../nbs/22_detector.ipynb #0b7dc53a

@@ -5,9 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from cxrkit.datasets import (AUGMENTS, A, EpochSampler, Normalize, RadiographDataset, as_size, check_same_statistics, collate, label_targets, make_augment,
+from cxrkit.datasets import (AUGMENTS, EpochSampler, albumentations, Normalize, RadiographDataset, as_size, check_same_statistics, collate, label_targets, make_augment,
                              make_loader, network_boxes, seed_augment)
 
+A = albumentations()
 SIZE = (96, 160)
 
 

@@ -10,10 +10,11 @@ import torch
 
 from cxrkit import detector as detector_module
 from cxrkit.classifier import ClassifierConfig, DistilledClassifier, build_classifier, distillation_loss, load_classifier
-from cxrkit.datasets import A, RadiographDataset, check_same_statistics, collate, label_targets, make_loader, network_boxes
+from cxrkit.datasets import RadiographDataset, albumentations, check_same_statistics, collate, label_targets, make_loader, network_boxes
 from cxrkit.detector import DetectorConfig, build_detector, check_effdet_layout, detection_rows, from_effdet, to_effdet
 from cxrkit.weights import load_state, load_weights, read_state, save_weights
 
+A = albumentations()
 SIZE = (64, 96)
 STUDY = ClassifierConfig("test_efficientnet", SIZE, ("negative", "typical"))
 NAMES = ("opacity",)
