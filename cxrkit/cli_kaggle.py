@@ -78,11 +78,12 @@ def package_models_command(
     blend:Annotated[str, typer.Option(help="Name of a blend. Default: the newest.")]="",
     owner:Owner=None, slug:Slug=None, out:Out=None,
     weights:Annotated[bool, typer.Option("--weights", help="Score the packed weights themselves, on the cache.")]=False,
+    no_load:Annotated[bool, typer.Option("--no-load", help="Skip building each network from its packed file.")]=False,
 )->None:
     "Weights and recipe of a sealed blend; every score recomputed from the packed files."
     from cxrkit.manifest import tell_models
     from cxrkit.models import package_models
-    manifest, scores = package_models(comp, runs, sweep or "", blend, out, owner, slug, weights)
+    manifest, scores = package_models(comp, runs, sweep or "", blend, out, owner, slug, weights, not no_load)
     typer.echo(tell_models(manifest))
     typer.echo(f"recomputed from the packed files: {len(scores)} scores, largest difference to the ledger {(scores['recomputed']-scores['ledger']).abs().max():.1e}")
     tell_package(manifest)

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['models_of', 'find_blend', 'fold_set_score', 'best_of_sweep', 'choose_blend', 'check_best_epoch', 'describe_model',
            'apply_recipe', 'pack_tables', 'describe_blend', 'check_fold_sets', 'package_models', 'check_headers',
-           'read_truth', 'score_model', 'check_models', 'compare_scores', 'score_weights']
+           'load_networks', 'read_truth', 'score_model', 'check_models', 'compare_scores', 'score_weights']
 
 # %% ../nbs/32_models.ipynb #44e0b9f1
-import json, math, tempfile
+import contextlib, io, json, math, tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -188,6 +188,7 @@ def package_models(
     owner:str|None=None, # Kaggle user; None: as the metadata says
     slug:str|None=None, # another name for the dataset
     weights:bool=False, # also predict every out-of-fold image again with the packed weights
+    load:bool=True, # build every network from its packed file
     root:str|Path|None=None, # project; None: `project_root()`
 )->tuple[dict,pd.DataFrame]: # the manifest; scores: ledger's and recomputed
     "Build the *models* dataset, and prove that it is worth what the ledger says."
@@ -199,7 +200,7 @@ def package_models(
     with tempfile.TemporaryDirectory() as desk:
         sources = {f"{r.run_id}.safetensors": r.path/"model.safetensors" for r in models} | pack_tables(models, Path(desk))
         manifest = pack_folder(folder, "models", sources, describe_blend(chosen, models), owner, slug)
-    try: return manifest, check_models(folder, root, weights)
+    try: return manifest, check_models(folder, root, weights, load)
     except Exception:
         (folder/FINGERPRINT).unlink(missing_ok=True) # what failed its check is not a package
         raise
@@ -219,6 +220,18 @@ def check_headers(
         if manifest["files"][entry["file"]]["sha256"] != entry["sha256"]: raise PackageError(f"{entry['file']}: its sha256 is not the one of the run {entry['run']}; package again")
 
 # %% ../nbs/32_models.ipynb #7baf2d5e
+def load_networks(
+    folder:Path, # the packed dataset
+    manifest:dict, # of it
+)->None:
+    "Build every network from its packed file, as the submission will; a weight too many or too few is an error."
+    from cxrkit.predict import load_task
+    for entry in manifest["models"]:
+        try:
+            with contextlib.redirect_stdout(io.StringIO()): load_task(folder/entry["file"])
+        except Exception as error: raise PackageError(f"{entry['file']}: cannot be loaded as the {entry['backbone']} it was trained as: {error}") from error
+
+# %% ../nbs/32_models.ipynb #17704b69
 def read_truth(
     manifest:dict, # of a models dataset
     root:Path, # project
@@ -228,7 +241,7 @@ def read_truth(
     cache, folds = load_run(home/manifest["cache"]["run"], verify=False), load_run(home/manifest["folds"]["run"])
     return {t: read_table(cache.path/f"{t}.parquet", t) for t in ("images", "labels", "boxes")} | {"folds": read_table(folds.path/"folds.parquet", "folds")}
 
-# %% ../nbs/32_models.ipynb #17704b69
+# %% ../nbs/32_models.ipynb #562ae44c
 def score_model(
     entry:dict, # of the manifest's `models`
     tables:dict[str,pd.DataFrame], # cls_preds, box_preds, coverage: packed, or predicted again
@@ -246,17 +259,19 @@ def score_model(
     part = spec_part(spec, None if kind == "box_preds" else entry["level"])
     return score(part, truth["labels"], boxes, mine.get("cls_preds"), mine.get("box_preds"), mine["coverage"], images).overall
 
-# %% ../nbs/32_models.ipynb #562ae44c
+# %% ../nbs/32_models.ipynb #614e38ed
 def check_models(
     folder:str|Path, # a packed models dataset
     root:str|Path|None=None, # project; None: `project_root()`
     weights:bool=False, # also predict every out-of-fold image again with the packed weights
+    load:bool=True, # build every network from its packed file
 )->pd.DataFrame: # model, fold, epoch, size, views, metric, ledger, recomputed (and from_weights)
     "Recompute every score from the packed files; refuse one that is not the ledger's."
     folder, root = Path(folder), Path(root or project_root())
     verify_package(folder, "models")
     manifest = read_manifest(folder)
     check_headers(folder, manifest)
+    if load: load_networks(folder, manifest)
     spec, truth = load_spec(manifest["comp"]), read_truth(manifest, root)
     empty = {"cls_preds": ["run_id", "level", "label"], "box_preds": ["run_id"]}
     tables = {t: read_table(folder/f"{t}.parquet", t) if (folder/f"{t}.parquet").is_file() else pd.DataFrame(columns=empty[t]) for t in ("cls_preds", "box_preds", "coverage")}
@@ -270,7 +285,7 @@ def check_models(
     compare_scores(table, "recomputed", 1e-6)
     return score_weights(folder, manifest, truth, spec, table, root) if weights else table
 
-# %% ../nbs/32_models.ipynb #614e38ed
+# %% ../nbs/32_models.ipynb #4243d3ea
 def compare_scores(
     table:pd.DataFrame, # of `check_models`
     column:str, # to hold against the ledger
@@ -282,7 +297,7 @@ def compare_scores(
         text = "; ".join(f"{r.model}{'' if pd.isna(r.fold) else f' fold {r.fold}'}: ledger {r.ledger:.6f}, {column.replace('_', ' ')} {getattr(r, column):.6f}" for r in wrong.itertuples())
         raise PackageError(f"models: the packed files are not worth what the ledger says ({text}); do not upload them")
 
-# %% ../nbs/32_models.ipynb #47d09d50
+# %% ../nbs/32_models.ipynb #2844a2e5
 def score_weights(
     folder:Path, # the packed dataset
     manifest:dict, # of it

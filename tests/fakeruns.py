@@ -96,10 +96,10 @@ def blend_fake(root: Path, truth: dict, cache: Run, folds: Run, models: list[Run
         read = lambda kind: pd.concat([pd.read_parquet(r.path/f"{kind}.parquet") for r in models if (r.path/f"{kind}.parquet").is_file()])
         final = mean_predictions(read("cls_preds"))
         coverage = pd.concat([pd.read_parquet(r.path/"coverage.parquet") for r in models])
-        fused = fuse_boxes(read("box_preds"), "wbf", .55, coverage=coverage)
+        fused = fuse_boxes(read("box_preds"), "nms", .55, coverage=coverage)
         none = final[(final.level == "image") & (final.label == "none")]
         result = score(SPEC, truth["labels"], truth["boxes"], final, gate_boxes(fused, none, power), truth["folds"], truth["images"])
-        write_json(folder/"blend.json", dict(method="wbf", iou=.55, power=power, none_label="none", models=[f"{r.flow}/{r.run_id}" for r in models]))
+        write_json(folder/"blend.json", dict(method="nms", iou=.55, power=power, none_label="none", models=[f"{r.flow}/{r.run_id}" for r in models]))
         write_json(folder/"scores.json", result.as_dict())
     return seal(root, "40_blend", name, None, {}, [cache, folds, *models], write)
 
