@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'UnreadableImage', 'CodecFailed', 'check_extent', 'Stream', 'jpeg_stream', 'j2k_stream',
-           'identify_stream', 'check_complete', 'openjpeg', 'decode_openjpeg', 'Decoded', 'choose_reduction',
-           'decode_jpeg8', 'decode_frame']
+           'identify_stream', 'tile_parts_fit', 'check_complete', 'openjpeg', 'decode_openjpeg', 'Decoded',
+           'choose_reduction', 'decode_jpeg8', 'decode_frame']
 
 # %% ../nbs/04_codecs.ipynb #6526c3a4
 import ctypes, importlib.util, struct
@@ -47,8 +47,9 @@ class Stream:
     signed:bool=False # of the samples, as the stream sees them
     levels:int=0 # times that the resolution can be halved while decoding
     start:int=0 # byte at which the code stream begins (inside a JP2 file)
+    body:int=0 # byte after the main header (JPEG 2000)
 
-
+# %% ../nbs/04_codecs.ipynb #56d4aca5
 def jpeg_stream(
     data:memoryview, # from the start-of-image marker on
 )->Stream: # its frame header
@@ -69,7 +70,7 @@ def jpeg_stream(
         at += 2+length
     raise UnreadableImage("JPEG: no frame header before the image data; the frame is damaged")
 
-# %% ../nbs/04_codecs.ipynb #18e7bf67
+# %% ../nbs/04_codecs.ipynb #725b97b8
 def j2k_stream(
     data:memoryview, # raw code stream or JP2 file
 )->Stream: # its main header
@@ -89,9 +90,9 @@ def j2k_stream(
         ht |= data[at+1] == 0x50
         at += 2+max(int.from_bytes(data[at+2:at+4], "big"), 2)
     whole = x0 == y0 == tx == ty == 0 and dx == dy == 1
-    return Stream("htj2k" if ht else "j2k", y1-y0, x1-x0, components, (depth & 127)+1, depth > 127, min(levels, 32) if whole else 0, start)
+    return Stream("htj2k" if ht else "j2k", y1-y0, x1-x0, components, (depth & 127)+1, depth > 127, min(levels, 32) if whole else 0, start, at)
 
-
+# %% ../nbs/04_codecs.ipynb #74c8413d
 def identify_stream(
     data:memoryview, # one compressed frame
 )->Stream: # what it says about itself
@@ -104,20 +105,35 @@ def identify_stream(
         if 1 <= n <= 15 and offsets[0] == 64 and sorted(offsets[:n]) == offsets[:n] and offsets[n-1] <= len(data): return Stream("rle")
     raise UnreadableImage(f"the pixel data begins with {head[:4].hex(' ')}: neither JPEG, JPEG-LS, JPEG 2000 nor RLE")
 
-# %% ../nbs/04_codecs.ipynb #b4f4c709
+# %% ../nbs/04_codecs.ipynb #712e9d7c
+def tile_parts_fit(
+    data:memoryview, # code stream of JPEG 2000
+    at:int, # byte after the main header
+)->bool: # every tile-part is there
+    "Walk the tile-parts of JPEG 2000 (ISO 15444-1 A.4.2)."
+    while data[at:at+2] == b"\xff\x90":
+        length = int.from_bytes(data[at+6:at+10], "big")
+        if at+12 > len(data) or at+length > len(data): return False
+        if length < 14: return length == 0 and bytes(data[-4096:]).rfind(b"\xff\xd9") >= 0 # 0: up to the end
+        at += length
+    return True
+
+
 def check_complete(
     data:memoryview, # one compressed frame
     stream:Stream, # what it says about itself
 )->None:
-    "Refuse absurd dimensions and JPEG frames that were cut off."
+    "Refuse absurd dimensions and frames that were cut off."
     if stream.kind == "rle": return
     check_extent(stream.height, stream.width)
     if not 2 <= stream.bits <= 16 or stream.components not in (1, 3):
         raise UnreadableImage(f"{stream.kind}: expected 1 or 3 components of 2 to 16 bits, got {stream.components} of {stream.bits}")
     if stream.kind.startswith("jpeg") and bytes(data[-4096:]).rfind(b"\xff\xd9") < 0:
         raise UnreadableImage(f"{stream.kind}: the end-of-image marker is missing; the frame is cut off")
+    if stream.kind.endswith("j2k") and not tile_parts_fit(data, stream.body):
+        raise UnreadableImage(f"{stream.kind}: a tile-part is longer than what is left; the frame is cut off")
 
-# %% ../nbs/04_codecs.ipynb #75ea117a
+# %% ../nbs/04_codecs.ipynb #e79a6e49
 class _Component(ctypes.Structure):
     "opj_image_comp_t of openjpeg.h."
     _fields_ = [(n, ctypes.c_uint32) for n in "dx dy w h x0 y0 prec bpp sgnd resno factor".split()]+[("data", ctypes.POINTER(ctypes.c_int32)), ("alpha", ctypes.c_uint16)]
@@ -149,7 +165,7 @@ def openjpeg()->ctypes.CDLL|None: # the library, or None where there is none
         return lib
     return None
 
-# %% ../nbs/04_codecs.ipynb #e79a6e49
+# %% ../nbs/04_codecs.ipynb #f34f19fe
 def _callbacks(
     data:memoryview, # code stream
 )->tuple: # read, skip, seek for an opj_stream_t
@@ -169,7 +185,7 @@ def _callbacks(
         return 1
     return _READ(read), _SKIP(skip), _SEEK(seek)
 
-
+# %% ../nbs/04_codecs.ipynb #8e970e98
 def _component(
     image, # pointer to opj_image_t
     index:int, # which component
@@ -179,7 +195,7 @@ def _component(
     if not c.data or c.h < 1 or c.w < 1: raise CodecFailed("OpenJPEG decoded no samples")
     return np.ctypeslib.as_array(c.data, (c.h, c.w)).copy()
 
-# %% ../nbs/04_codecs.ipynb #c5c71844
+# %% ../nbs/04_codecs.ipynb #04875f6e
 def decode_openjpeg(
     data:memoryview, # code stream of JPEG 2000
     reduce:int, # times to halve; not more than the stream's levels
@@ -204,7 +220,7 @@ def decode_openjpeg(
         lib.opj_stream_destroy(stream)
     return parts[0] if len(parts) == 1 else np.stack(parts, -1)
 
-# %% ../nbs/04_codecs.ipynb #04875f6e
+# %% ../nbs/04_codecs.ipynb #95f5ba03
 @dataclass(frozen=True)
 class Decoded:
     "The samples of a frame, and where they lie."
@@ -223,7 +239,7 @@ def choose_reduction(
     most = {"jpeg": 3, "j2k": stream.levels if openjpeg() else 0, "htj2k": stream.levels}.get(stream.kind, 0)
     return max((r for r in range(most+1) if stream.height >= least[0] << r and stream.width >= least[1] << r), default=0)
 
-# %% ../nbs/04_codecs.ipynb #95f5ba03
+# %% ../nbs/04_codecs.ipynb #562ae44c
 def _imagecodecs(
     function:str, # such as 'jpegls_decode'
     *args, # data, and what the decoder takes
@@ -239,7 +255,7 @@ def _imagecodecs(
     if samples is None or not samples.size: raise CodecFailed(f"imagecodecs.{function} returned no samples")
     return samples
 
-
+# %% ../nbs/04_codecs.ipynb #614e38ed
 def decode_jpeg8(
     data:memoryview, # baseline or progressive JPEG, 8 bits
     reduce:int, # 0 to 3
@@ -254,7 +270,7 @@ def decode_jpeg8(
     if samples is None: raise CodecFailed("OpenCV cannot decode this JPEG")
     return samples
 
-# %% ../nbs/04_codecs.ipynb #7baf2d5e
+# %% ../nbs/04_codecs.ipynb #4243d3ea
 def decode_frame(
     data:memoryview, # one compressed frame
     stream:Stream, # what it says about itself

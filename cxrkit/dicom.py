@@ -9,7 +9,7 @@ __all__ = ['SIDES', 'as_sizes', 'make_plan', 'check_plan', 'crop_windows', 'boxe
            'Cache', 'Policy', 'Report', 'Limits', 'UnreadableImage', 'check_policy']
 
 # %% ../nbs/10_dicom.ipynb #6526c3a4
-import hashlib, json, os
+import errno, hashlib, json, os
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -49,7 +49,7 @@ def make_plan(
     return dict(layout=2, format=format, sizes=[s and list(s) for s in sizes], policy=asdict(policy), n_images=len(rows),
         ids=digest(r["image_id"] for r in rows), crops=digest(r["crop"] for r in rows) if any(r["crop"] for r in rows) else None)
 
-
+# %% ../nbs/10_dicom.ipynb #0b7dc53a
 def check_plan(
     plan:dict, # what is wanted
     out:Path, # the cache folder
@@ -61,7 +61,7 @@ def check_plan(
     differ = [f"{k}: has {old.get(k)}, wanted {plan[k]}" for k in plan if old.get(k) != plan[k]]
     if differ: raise ValueError(f"{out} holds another cache ({'; '.join(differ)}); use another folder or delete this one")
 
-# %% ../nbs/10_dicom.ipynb #62840281
+# %% ../nbs/10_dicom.ipynb #56d4aca5
 def crop_windows(
     boxes:pd.DataFrame, # one row an image: image_id, x1, y1, x2, y2, original pixels
     images:pd.DataFrame, # images table, for heights and widths
@@ -86,7 +86,7 @@ def _corner(
     if missing: raise ValueError(f"crop: no window for image {sorted(missing)[0]!r} ({len(missing)} in all)")
     return crops.set_index("image_id").loc[boxes.image_id, ["x1", "y1", "x1", "y1"]].to_numpy(np.float64)
 
-# %% ../nbs/10_dicom.ipynb #56d4aca5
+# %% ../nbs/10_dicom.ipynb #18e7bf67
 SIDES = ["x1", "y1", "x2", "y2"]
 
 
@@ -111,7 +111,7 @@ def boxes_from_crop(
     moved = boxes[SIDES].to_numpy(np.float64)+_corner(boxes, crops)
     return boxes.assign(**dict(zip(SIDES, moved.T.astype(np.float32))))
 
-# %% ../nbs/10_dicom.ipynb #725b97b8
+# %% ../nbs/10_dicom.ipynb #74c8413d
 def input_rows(
     images:pd.DataFrame, # images table
     crops:pd.DataFrame|None, # windows of some or all images
@@ -133,7 +133,7 @@ def common_folder(
     folders = {os.path.dirname(os.path.abspath(r["path"])) for r in rows}
     return os.path.commonpath(folders) if folders else None
 
-# %% ../nbs/10_dicom.ipynb #fbe066a5
+# %% ../nbs/10_dicom.ipynb #b4f4c709
 def read_journal(
     out:Path, # cache folder
     rows:list[dict], # what is wanted
@@ -151,7 +151,7 @@ def read_journal(
         if same and row["height"] in (0, old["height"]) and row["width"] in (0, old["width"]): kept[row["image_id"]] = old
     return kept
 
-
+# %% ../nbs/10_dicom.ipynb #b6149bb9
 def prepare_folder(
     out:Path, # cache folder
     sizes:list, # sizes of the cache
@@ -164,7 +164,7 @@ def prepare_folder(
         if format != "memmap": (out/size_name(size)).mkdir(exist_ok=True)
         elif not (out/image_file("", size, format)).is_file(): reserve_map(out/image_file("", size, format), (n, *size))
 
-# %% ../nbs/10_dicom.ipynb #b6149bb9
+# %% ../nbs/10_dicom.ipynb #75ea117a
 def cache_rows(
     todo:list[dict], # rows to do
     first:tuple, # first arguments of `cache_one`
@@ -185,7 +185,7 @@ def cache_rows(
             for future in as_completed(futures): yield futures[future], future.result()
         finally: pool.shutdown(cancel_futures=True)
 
-# %% ../nbs/10_dicom.ipynb #712e9d7c
+# %% ../nbs/10_dicom.ipynb #a2018980
 def build_cache(
     images:pd.DataFrame, # images table: image_id, study_id, patient_id, path, height, width, split
     out:str|Path, # folder of the cache; an unfinished one is continued
@@ -209,11 +209,15 @@ def build_cache(
     prepare_folder(out, sizes, format, len(rows))
     done = read_journal(out, rows, sizes, format)
     first = out, sizes, policy, format, None if follow_links else common_folder(rows)
-    failed = fill_cache(out, rows, done, cache_rows([r for r in rows if r["image_id"] not in done], first, workers or usable_cores(), backend, limits), progress)
+    results = cache_rows([r for r in rows if r["image_id"] not in done], first, workers or usable_cores(), backend, limits)
+    try: failed = fill_cache(out, rows, done, results, progress)
+    except OSError as e:
+        if e.errno != errno.ENOSPC: raise
+        raise OSError(e.errno, f"{out}: the disk is full after {len(done)} of {len(rows)} files; make room and run build_cache again, it continues") from e
     blank = {r["image_id"]: store_blank(out, sizes, format, r) for r in rows if r["image_id"] in failed and on_failure == "blank"}
     return finish_cache(images, out, plan, [r["image_id"] for r in rows], done | blank, failed)
 
-# %% ../nbs/10_dicom.ipynb #75ea117a
+# %% ../nbs/10_dicom.ipynb #e79a6e49
 def fill_cache(
     out:Path, # cache folder
     rows:list[dict], # all rows
@@ -236,7 +240,7 @@ def fill_cache(
             bar.update()
     return failed
 
-
+# %% ../nbs/10_dicom.ipynb #c5c71844
 def library_versions()->dict: # package → version
     "What decoded the images."
     out = {}
@@ -245,7 +249,7 @@ def library_versions()->dict: # package → version
         except PackageNotFoundError: out[package] = None
     return out
 
-# %% ../nbs/10_dicom.ipynb #a2018980
+# %% ../nbs/10_dicom.ipynb #f34f19fe
 def finish_cache(
     images:pd.DataFrame, # the images table given
     out:Path, # cache folder
@@ -270,7 +274,7 @@ def finish_cache(
     write_whole(out/"cache.json", (json.dumps(info, indent=1)+"\n").encode())
     return open_cache(out).images
 
-# %% ../nbs/10_dicom.ipynb #7baf2d5e
+# %% ../nbs/10_dicom.ipynb #614e38ed
 def rehearse_decoding(
     images:pd.DataFrame, # images table of files that stand for the hidden ones
     size:int|tuple|list, # sizes to make

@@ -43,7 +43,7 @@ class Encoding:
     little:bool=True # byte order
     budget:int=MAX_ELEMENTS # elements left before a file is refused
 
-
+# %% ../nbs/06_dicomfile.ipynb #0b7dc53a
 def read_element(
     data:memoryview, # data set
     at:int, # where the element begins
@@ -63,7 +63,7 @@ def read_element(
     else: length = struct.unpack_from(order+"H", data, at+6)[0]
     return Element(group << 16 | number, vr, at+head, -1 if length == 0xFFFFFFFF else length)
 
-# %% ../nbs/06_dicomfile.ipynb #62840281
+# %% ../nbs/06_dicomfile.ipynb #56d4aca5
 ITEM, ITEM_END, SEQUENCE_END, PIXELS = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD, 0x7FE00010
 
 
@@ -89,7 +89,7 @@ def end_of(
         if inner.tag in (stop, SEQUENCE_END): return inner.start
         at = end_of(data, inner, code, depth+1)
 
-
+# %% ../nbs/06_dicomfile.ipynb #18e7bf67
 def elements(
     data:memoryview, # data set
     at:int, # where it begins
@@ -104,7 +104,7 @@ def elements(
         if element.tag == PIXELS: return
         at = end_of(data, element, code)
 
-# %% ../nbs/06_dicomfile.ipynb #18e7bf67
+# %% ../nbs/06_dicomfile.ipynb #74c8413d
 TAGS = { # name → tag, VR where the file does not say
     "syntax": (0x00020010, "UI"), "samples": (0x00280002, "US"), "photometric": (0x00280004, "CS"), "planar": (0x00280006, "US"), "frames": (0x00280008, "IS"),
     "rows": (0x00280010, "US"), "columns": (0x00280011, "US"), "spacing": (0x00280030, "DS"), "imager_spacing": (0x00181164, "DS"), "aspect": (0x00280034, "IS"),
@@ -116,7 +116,7 @@ TAGS = { # name → tag, VR where the file does not say
 NAMES = {tag: name for name, (tag, _) in TAGS.items()}
 BINARY = {"US": "H", "SS": "h", "UL": "I", "SL": "i", "FL": "f", "FD": "d"}
 
-
+# %% ../nbs/06_dicomfile.ipynb #fbe066a5
 def read_value(
     data:memoryview, # data set
     element:Element, # one of `TAGS`, not a sequence
@@ -134,7 +134,7 @@ def read_value(
     try: return [float(t) for t in text.split("\\") if t.strip(" \0")]
     except ValueError: raise UnreadableImage(f"DICOM: element {element} should hold numbers, got {text[:40]!r}; repair the file") from None
 
-# %% ../nbs/06_dicomfile.ipynb #74c8413d
+# %% ../nbs/06_dicomfile.ipynb #b6149bb9
 def read_luts(
     data:memoryview, # data set
     element:Element, # ModalityLUTSequence or VOILUTSequence
@@ -157,7 +157,7 @@ def read_luts(
         luts.append((int(first)-65536*(signed and first > 32767), int(bits), np.asarray(entries[:n])))
     return tuple(luts)
 
-# %% ../nbs/06_dicomfile.ipynb #b4f4c709
+# %% ../nbs/06_dicomfile.ipynb #75ea117a
 @dataclass(frozen=True)
 class Header:
     "What a DICOM file says about its image."
@@ -176,7 +176,7 @@ class Header:
     little:bool # byte order of uncompressed pixels
     notes:tuple=() # anything a person should know
 
-
+# %% ../nbs/06_dicomfile.ipynb #a2018980
 def collect_values(
     data:memoryview, # data set
     at:int, # where it begins
@@ -191,7 +191,7 @@ def collect_values(
         if value not in ("", []): found[name] = value
     return found
 
-# %% ../nbs/06_dicomfile.ipynb #712e9d7c
+# %% ../nbs/06_dicomfile.ipynb #c5c71844
 def grey_tags(
     data:memoryview, # data set
     found:dict, # its values
@@ -215,7 +215,7 @@ def pixel_aspect(
     pair = next((found[n] for n in ("spacing", "imager_spacing", "aspect") if len(found.get(n, ())) == 2 and min(found[n]) > 0), (1, 1))
     return float(pair[0]/pair[1])
 
-# %% ../nbs/06_dicomfile.ipynb #75ea117a
+# %% ../nbs/06_dicomfile.ipynb #f34f19fe
 def start_of_dataset(
     data:memoryview, # whole file
 )->tuple[str, int]: # transfer syntax as written, first byte after the meta information
@@ -241,7 +241,7 @@ def inflate(
     if unpacker.unconsumed_tail: raise UnreadableImage(f"DICOM: the deflated data set unpacks to more than {limit:,} bytes; refused")
     return memoryview(out)
 
-# %% ../nbs/06_dicomfile.ipynb #e79a6e49
+# %% ../nbs/06_dicomfile.ipynb #04875f6e
 def read_header(
     file:memoryview, # whole file
 )->tuple[Header, memoryview]: # what it says, and the data set in which its pixels lie
@@ -263,7 +263,7 @@ def read_header(
     return Header(syntax, rows, columns, allocated, whole("samples", 1), whole("planar", 0), max(whole("frames", 1), 1), photometric or "MONOCHROME2",
         grey_tags(data, found, code, allocated), pixel_aspect(found), found["pixels"].start, found["pixels"].length, little, tuple(notes)), data
 
-# %% ../nbs/06_dicomfile.ipynb #f34f19fe
+# %% ../nbs/06_dicomfile.ipynb #c3c5b5b7
 def fragments(
     data:memoryview, # data set
     header:Header, # of the file
@@ -281,7 +281,7 @@ def fragments(
     table = items[0][1]
     return [f for _, f in items[1:]], [p-items[1][0] for p, _ in items[1:]], list(np.frombuffer(table[:len(table)//4*4], "<u4"))
 
-
+# %% ../nbs/06_dicomfile.ipynb #95f5ba03
 def compressed_frame(
     data:memoryview, # data set
     header:Header, # of the file
@@ -298,7 +298,7 @@ def compressed_frame(
     if not own: raise UnreadableImage(f"DICOM: frame {index} has no fragment")
     return own[0] if len(own) == 1 else memoryview(b"".join(own))
 
-# %% ../nbs/06_dicomfile.ipynb #8e970e98
+# %% ../nbs/06_dicomfile.ipynb #7baf2d5e
 def native_frame(
     data:memoryview, # data set
     header:Header, # of the file
@@ -318,7 +318,7 @@ def native_frame(
     if header.samples == 1: return pixels.reshape(header.rows, header.columns)
     return pixels.reshape(header.rows, header.columns, 3) if not header.planar else np.moveaxis(pixels.reshape(3, header.rows, header.columns), 0, -1)
 
-# %% ../nbs/06_dicomfile.ipynb #e0fd9503
+# %% ../nbs/06_dicomfile.ipynb #562ae44c
 def map_file(
     path:str|Path, # any file
 )->memoryview: # the whole file

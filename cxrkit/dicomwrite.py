@@ -21,7 +21,7 @@ SYNTAXES = { # name → unique identifier (DICOM PS3.5 section 10)
     "htj2k": "1.2.840.10008.1.2.4.201", "htj2k-lossy": "1.2.840.10008.1.2.4.203",
 }
 
-
+# %% ../nbs/04_dicomwrite.ipynb #0b7dc53a
 def encode_frame(
     stored:np.ndarray, # (h,w) uint8, uint16, int8 or int16
     syntax:str, # a compressed key of `SYNTAXES`, except 'rle'
@@ -39,12 +39,12 @@ def encode_frame(
         case "jpeg-ls": return codecs.jpegls_encode(unsigned)
         case "jpeg-ls-near": return codecs.jpegls_encode(unsigned, level=2)
         case "j2k": return codecs.jpeg2k_encode(stored, codecformat="j2k", reversible=True)
-        case "j2k-lossy": return codecs.jpeg2k_encode(stored, codecformat="j2k", level=60)
+        case "j2k-lossy": return codecs.jpeg2k_encode(stored, codecformat="j2k", level=80)
         case "htj2k": return codecs.htj2k_encode(stored, reversible=True)
-        case "htj2k-lossy": return codecs.htj2k_encode(stored, level=.001)
+        case "htj2k-lossy": return codecs.htj2k_encode(stored, level=.0002)
     raise ValueError(f"syntax: expected one of {', '.join(SYNTAXES)}, got {syntax!r}")
 
-# %% ../nbs/04_dicomwrite.ipynb #62840281
+# %% ../nbs/04_dicomwrite.ipynb #56d4aca5
 def empty_dicom(
     shape:tuple, # (frames, height, width)
     dtype:np.dtype, # uint8, int8, uint16 or int16
@@ -72,7 +72,7 @@ def native_pixels(
     data += b"\0"*(len(data) % 2)
     return np.frombuffer(data, "<u2").byteswap().tobytes() if big_endian and frames.itemsize == 1 else data
 
-# %% ../nbs/04_dicomwrite.ipynb #56d4aca5
+# %% ../nbs/04_dicomwrite.ipynb #18e7bf67
 def rle_pixels(
     frames:np.ndarray, # (n,h,w) stored values
 )->list[bytes]: # one code stream a frame
@@ -83,7 +83,7 @@ def rle_pixels(
         bits_stored=bits, pixel_representation=int(frames.dtype.kind == "i"), number_of_frames=1)
     return [RLELosslessEncoder.encode(np.ascontiguousarray(f), encoding_plugin="pydicom", **facts) for f in frames]
 
-
+# %% ../nbs/04_dicomwrite.ipynb #725b97b8
 def write_dicom(
     path:str|Path, # file to write
     stored:np.ndarray, # (h,w) or (frames,h,w) stored values: uint8, int8, uint16 or int16

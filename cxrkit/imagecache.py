@@ -45,9 +45,8 @@ def encode_image(
     image:np.ndarray, # (h,w) uint8
     format:str, # 'png' or 'jpeg'
 )->bytes: # file content
-    "PNG at its fastest level, or JPEG of quality 95."
-    options = [cv2.IMWRITE_PNG_COMPRESSION, 1] if format == "png" else [cv2.IMWRITE_JPEG_QUALITY, 95]
-    ok, data = cv2.imencode(".png" if format == "png" else ".jpg", image, options)
+    "PNG with OpenCV's fast default (setting a level would switch to a slower strategy), or JPEG of quality 95."
+    ok, data = cv2.imencode(".png", image) if format == "png" else cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 95])
     if not ok: raise ValueError(f"OpenCV could not encode an image of shape {image.shape} as {format}")
     return data.tobytes()
 
@@ -84,7 +83,7 @@ def reserve_map(
         part.unlink(missing_ok=True)
         raise
 
-
+# %% ../nbs/09_imagecache.ipynb #18e7bf67
 def store_image(
     image:np.ndarray, # (h,w) uint8
     path:Path, # '….png', '….jpg' or '….npy'
@@ -96,7 +95,7 @@ def store_image(
     try: os.pwrite(handle, np.ascontiguousarray(image).data, HEADER+slot*image.size)
     finally: os.close(handle)
 
-# %% ../nbs/09_imagecache.ipynb #725b97b8
+# %% ../nbs/09_imagecache.ipynb #74c8413d
 def source_mark(
     path:str|Path, # source file
 )->str: # its size and a checksum of its ends
@@ -117,7 +116,7 @@ def check_row(
         raise UnreadableImage(f"a link leads out of {root}; use build_cache(..., follow_links=True) if it is meant to")
     if os.path.exists(row["path"]) and not os.path.isfile(row["path"]): raise UnreadableImage("not a regular file")
 
-
+# %% ../nbs/09_imagecache.ipynb #fbe066a5
 def check_size(
     row:dict, # height and width of the table, 0: unknown
     height:int, # of the file
@@ -129,7 +128,7 @@ def check_size(
     raise UnreadableImage(f"the images table says {row['height']} × {row['width']} (height × width), the file is {height} × {width}; "
         +("they are swapped" if swapped else "is it another image?")+", and boxes would be misplaced: repair the table, or leave both columns out")
 
-# %% ../nbs/09_imagecache.ipynb #74c8413d
+# %% ../nbs/09_imagecache.ipynb #b4f4c709
 def cache_one(
     out:Path, # cache folder
     sizes:list, # (height, width) or None each
@@ -151,7 +150,7 @@ def cache_one(
     return dict(image_id=row["image_id"], slot=row["slot"], height=report.height, width=report.width, crop=" ".join(map(str, crop)), syntax=report.syntax,
         decoder=report.decoder, reduced=report.reduced, notes="; ".join(report.notes), source=mark, crc="-".join(f"{zlib.crc32(i):08x}" for i in images))
 
-
+# %% ../nbs/09_imagecache.ipynb #b6149bb9
 def store_blank(
     out:Path, # cache folder
     sizes:list, # (height, width) each
@@ -164,7 +163,7 @@ def store_blank(
     crop = " ".join(map(str, row["crop"] or (0, 0, width, height)))
     return dict(image_id=row["image_id"], slot=row["slot"], height=height, width=width, crop=crop, syntax="", decoder="blank", reduced=1, notes="", source="", crc="")
 
-# %% ../nbs/09_imagecache.ipynb #b4f4c709
+# %% ../nbs/09_imagecache.ipynb #75ea117a
 class Cache:
     "Cached radiographs: `cache[image_id]` is a (h,w) uint8 array."
     def __init__(
@@ -190,7 +189,7 @@ class Cache:
     def __getstate__(self): return self.__dict__ | {"_array": None}
     def __getitem__(self, image_id): return read_cached(self, image_id)
 
-# %% ../nbs/09_imagecache.ipynb #712e9d7c
+# %% ../nbs/09_imagecache.ipynb #e79a6e49
 def load_tables(
     folder:Path, # finished cache
 )->tuple: # cache.json, images table, crops (image_id, x1, y1, x2, y2), image_id → row of the memory map
@@ -204,7 +203,7 @@ def load_tables(
     crops = pd.DataFrame(corners, columns=["x1", "y1", "x2", "y2"]).assign(image_id=decoded.image_id)[["image_id", "x1", "y1", "x2", "y2"]]
     return json.loads((folder/"cache.json").read_text()), images, crops, dict(zip(decoded.image_id, decoded.slot))
 
-
+# %% ../nbs/09_imagecache.ipynb #c5c71844
 def read_cached(
     cache:Cache, # open cache
     image_id:str, # id as in `images`
@@ -230,7 +229,7 @@ def open_cache(
     "Open a finished cache."
     return Cache(out, size)
 
-# %% ../nbs/09_imagecache.ipynb #a2018980
+# %% ../nbs/09_imagecache.ipynb #8e970e98
 def check_policy(
     got:dict, # `cache.policy` of the images at hand
     expected:dict, # the policy a model or another cache was made with

@@ -16,7 +16,7 @@ import numpy as np
 
 from .codecs import CodecFailed, Decoded, Stream, UnreadableImage, check_complete, check_extent, choose_reduction, decode_frame, identify_stream, jpeg_stream
 from .dicomfile import Header, compressed_frame, map_file, native_frame, read_header
-from .photometry import GreyTags, Policy, apply_table, as_policy, as_size, equalise, grey_table, stored_values
+from .photometry import GreyTags, Policy, Sampling, apply_table, as_policy, as_size, equalise, grey_table, over_patterns, stored_values
 
 # %% ../nbs/07_radiograph.ipynb #4e840356
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ def as_patterns(
     if samples.ndim == 3: samples = samples[..., 0] if photometric.startswith("YBR_FULL") and stream.kind not in ("jpeg", "j2k") else grey_of_colour(samples)
     if samples.dtype.itemsize > 2: samples = samples.astype(np.uint16) # two's complement
     raw = np.ascontiguousarray(samples).view(f"u{samples.itemsize}")
-    if stream.kind == "rle": return raw, grey
+    if stream.kind == "rle": return raw, replace(grey, bits=min(grey.bits, 8*raw.itemsize))
     agrees = not grey.signed or stream.signed if stream.kind.startswith("jpeg") else grey.signed == stream.signed
-    return raw, replace(grey, bits=8*raw.itemsize if agrees else stream.bits)
+    return raw, replace(grey, bits=8*raw.itemsize if agrees else min(stream.bits, grey.bits, 8*raw.itemsize))
 
 # %% ../nbs/07_radiograph.ipynb #74c8413d
 KINDS = {"jpeg": ("jpeg",), "jpeg-extended": ("jpeg", "jpeg-extended"), "jpeg-lossless": ("jpeg-lossless",), "jpeg-lossless-14": ("jpeg-lossless",), "jpeg-ls": ("jpeg-ls",),
@@ -108,11 +108,11 @@ def least_size(
     "How much resolution is needed; never less than the greys need to stay where they are."
     scales_by_extremes = policy.scaling == "minmax" or policy.scaling == "window" and not (grey.voi_luts or grey.windows)
     if policy.detail == "full" or None in sizes or scales_by_extremes: return None
-    if grey.padding is not None and policy.detail != "fast": return None # padding must not bleed into its neighbours
+    if grey.padding is not None: return None # padding must not bleed into its neighbours
     factor = 1 if policy.detail == "fast" else 2
     return tuple(max(factor*max(s[i] for s in sizes), 256) for i in (0, 1))
 
-
+# %% ../nbs/07_radiograph.ipynb #b4f4c709
 def decode_dicom(
     path:str|Path, # for the fallback, which opens the file again
     file:memoryview, # whole file
@@ -128,7 +128,8 @@ def decode_dicom(
         if header.photometric in ("YBR_FULL_422", "YBR_PARTIAL_422"): raise UnreadableImage(f"uncompressed {header.photometric} is not supported")
         raw = native_frame(data, header, index)
         raw = raw[..., 0] if header.photometric.startswith("YBR") and raw.ndim == 3 else grey_of_colour(raw)
-        return Pixels(np.ascontiguousarray(raw), header.grey, *raw.shape, header.syntax, "numpy", notes=tuple(notes))
+        grey = replace(header.grey, bits=min(header.grey.bits, header.allocated))
+        return Pixels(np.ascontiguousarray(raw), grey, *raw.shape, header.syntax, "numpy", notes=tuple(notes))
     stream = identify_stream(frame)
     check_complete(frame, stream)
     if stream.kind not in KINDS.get(header.syntax, ()): notes.append(f"the header says {header.syntax or 'nothing'}, the pixel data is {stream.kind}")
@@ -138,7 +139,7 @@ def decode_dicom(
     check_extent(*shape)
     return decode_compressed(path, frame, stream, header, shape, index, choose_reduction(stream, least_size(sizes, policy, header.grey)), notes)
 
-# %% ../nbs/07_radiograph.ipynb #b6149bb9
+# %% ../nbs/07_radiograph.ipynb #712e9d7c
 def decode_compressed(
     path:str|Path, # DICOM file
     frame:memoryview, # one code stream
@@ -162,14 +163,16 @@ def decode_compressed(
     if raw.shape != expected: raise UnreadableImage(f"the decoder returned {raw.shape} pixels, expected {expected}; the frame is damaged")
     return Pixels(raw, grey, *shape, header.syntax, out.decoder, out.scale, out.offset, tuple(notes))
 
-
+# %% ../nbs/07_radiograph.ipynb #75ea117a
 def pydicom_stored(
     path:str|Path, # DICOM file
     index:int, # which frame
     reason:str, # why the fast decoder failed
 )->np.ndarray: # (h,w) uint8, int8, uint16 or int16 stored values
     "Decode a frame with pydicom and its plug-ins."
-    import warnings
+    import logging, warnings
+    logger = logging.getLogger("pydicom.pixels.decoders.base")
+    loud, logger.disabled = logger.disabled, True # what its plug-ins report stands in the exception
     try:
         from pydicom.pixels import pixel_array
         with warnings.catch_warnings():
@@ -177,10 +180,11 @@ def pydicom_stored(
             stored = np.ascontiguousarray(grey_of_colour(pixel_array(path, index=index)))
     except MemoryError: raise
     except Exception as e: raise UnreadableImage(f"no decoder could read it: {reason}; pydicom: {' '.join(str(e).split())[:300]}") from None
+    finally: logger.disabled = loud
     if stored.ndim != 2 or stored.dtype.kind not in "iu" or stored.itemsize > 2: raise UnreadableImage(f"pydicom returned {stored.dtype} pixels of shape {stored.shape}; expected one grey image of 8 or 16 bits")
     return stored
 
-# %% ../nbs/07_radiograph.ipynb #75ea117a
+# %% ../nbs/07_radiograph.ipynb #e79a6e49
 def decode_picture(
     file:memoryview, # PNG or JPEG file
     sizes:list, # (height, width) each, None: the file's own
@@ -207,7 +211,7 @@ def decode_picture(
     if raw.dtype.kind != "u" or raw.itemsize > 2: raise UnreadableImage(f"expected 8 or 16 bits a pixel, got {raw.dtype}")
     return Pixels(raw, GreyTags(8*raw.itemsize), *extent, kind, decoder, scale)
 
-# %% ../nbs/07_radiograph.ipynb #e79a6e49
+# %% ../nbs/07_radiograph.ipynb #f34f19fe
 def read_pixels(
     path:str|Path, # DICOM, PNG or JPEG file
     sizes:list|None=None, # sizes that will be made of it, which allow a reduced decode; None: full size
@@ -225,9 +229,9 @@ def stored_image(
     pixels:Pixels, # decoded at full size
 )->np.ndarray: # (h,w) int32
     "The stored values of an image, as pydicom's `pixel_array` gives them."
-    return stored_values(pixels.grey)[pixels.raw]
+    return over_patterns(stored_values(pixels.grey), pixels.raw)[pixels.raw]
 
-
+# %% ../nbs/07_radiograph.ipynb #8e970e98
 def cut_out(
     pixels:Pixels, # decoded at full size
     crop:tuple[int,int,int,int], # x1, y1, x2, y2 in pixels of the file
@@ -249,12 +253,13 @@ def read_radiographs(
     p = whole = read_pixels(path, sizes if crop is None else None, policy)
     if crop is not None: p = cut_out(whole, crop)
     notes = p.notes+(("no VOI LUT or window in the file: minmax was used",) if policy.scaling == "window" and not (p.grey.voi_luts or p.grey.windows) else ())
-    try: table = grey_table(p.raw, p.grey, policy)
+    sampling = Sampling((p.height, p.width), p.scale, p.offset)
+    try: table = grey_table(p.raw, p.grey, policy, sampling)
     except (ValueError, IndexError) as e: raise UnreadableImage(str(e)) from e
-    images = [equalise(apply_table(p.raw, table, size, (p.height, p.width), p.scale, p.offset), policy.clahe) for size in sizes]
+    images = [equalise(apply_table(p.raw, table, size, sampling), policy.clahe) for size in sizes]
     return images, Report(whole.height, whole.width, p.syntax, p.decoder, p.scale, notes)
 
-
+# %% ../nbs/07_radiograph.ipynb #04875f6e
 def read_radiograph(
     path:str|Path, # DICOM, PNG or JPEG file
     size:int|tuple[int,int]|None=None, # n or (height, width): stretched exactly to it; None keeps the file's
