@@ -37,7 +37,7 @@ def fewer_views(
         views = {run: v[:n-1] for run, v in views.items()}
         yield Level(f"without view {', '.join(dropped)}", views)
 
-
+# %% ../nbs/26_pace.ipynb #56d4aca5
 def fewer_folds(
     models:list[dict], # entries of a package's manifest
     views:dict[str,tuple[str,...]], # run → views
@@ -50,7 +50,7 @@ def fewer_folds(
         views = {run: v for run, v in views.items() if run not in leave}
         yield Level(f"without fold {fold}", views)
 
-
+# %% ../nbs/26_pace.ipynb #18e7bf67
 def fewer_models(
     models:list[dict], # entries of a package's manifest
     views:dict[str,tuple[str,...]], # run → views
@@ -64,7 +64,7 @@ def fewer_models(
         left = [m for m in left if m is not worst]
         yield Level(f"without model {worst['name']}", {m["run"]: views[m["run"]] for m in left})
 
-# %% ../nbs/26_pace.ipynb #56d4aca5
+# %% ../nbs/26_pace.ipynb #725b97b8
 def make_levels(
     models:list[dict], # entries of a package's manifest
 )->list[Level]: # from everything to the least that still answers every question
@@ -76,7 +76,7 @@ def make_levels(
     levels += fewer_folds(models, levels[-1].views)
     return levels+list(fewer_models(models, levels[-1].views))
 
-# %% ../nbs/26_pace.ipynb #74c8413d
+# %% ../nbs/26_pace.ipynb #b4f4c709
 class Pace:
     "Seconds per image, by model and view; and which step of the ladder fits."
     def __init__(
