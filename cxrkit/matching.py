@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'best_truths', 'claim_truths', 'hit_curves', 'curve_area', 'unit_precision', 'greedy_precision',
-           'greedy_hits']
+           'greedy_hits', 'weighted_areas']
 
 # %% ../nbs/08_matching.ipynb #44e0b9f1
 import numpy as np
@@ -196,3 +196,33 @@ def greedy_hits(
     hit = np.zeros(len(order), np.int8)
     run_shares(_greedy_groups, offsets, np.asarray(truth_boxes, np.float64), truth_starts, np.asarray(boxes, np.float64), order, offsets, iou, most_preds, hit)
     return hit
+
+# %% ../nbs/08_matching.ipynb #17704b69
+@compiled
+def _weighted_areas(hit, owners, truths, weights, out, lo, hi):
+    envelope, gain = np.zeros(len(hit)), np.zeros(len(hit))
+    for b in range(lo, hi):
+        n, seen, found, total, area, best = 0, 0, 0, 0, 0., 0.
+        for patient in range(len(truths)): total += truths[patient]*weights[b, patient]
+        for i in range(len(hit)):
+            weight = np.int64(weights[b, owners[i]])
+            seen += weight
+            if hit[i] and weight > 0:
+                found += weight
+                envelope[n], gain[n], n = found/seen, weight, n+1
+        for k in range(n-1, -1, -1):
+            best = max(best, envelope[k])
+            area += best*gain[k]
+        out[b] = area/total if total > 0 else np.nan
+
+
+def weighted_areas(
+    hit:np.ndarray, # (n,) bool, predictions of one label by falling score
+    owners:np.ndarray, # (n,) int64, patient of each
+    truths:np.ndarray, # (n_patients,) int64, true boxes of each patient
+    weights:np.ndarray, # (n_samples, n_patients) int, how often each patient was drawn
+)->np.ndarray: # (n_samples,) average precision; NaN where a sample has no truth
+    "Average precision of resamples of the patients."
+    out = np.empty(len(weights))
+    run_shares(_weighted_areas, np.arange(len(weights)+1)*max(1, len(hit)), np.asarray(hit, np.bool_), np.asarray(owners, np.int64), np.asarray(truths, np.int64), np.asarray(weights, np.int16), out)
+    return out

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RSNA_THRESHOLDS', 'METRICS', 'Matches', 'covered_ids', 'match_arrays', 'match_boxes', 'matched_precision',
            'average_precision', 'coco_precision', 'cls_as_boxes', 'join_units', 'roc_auc', 'probabilistic_f1',
-           'best_f1_threshold', 'rsna_2018', 'Score', 'log_loss', 'Metric', 'get_metric', 'score']
+           'best_f1_threshold', 'rsna_images', 'rsna_2018', 'Score', 'log_loss', 'Metric', 'get_metric', 'score']
 
 # %% ../nbs/12_metrics.ipynb #44e0b9f1
 from collections.abc import Callable
@@ -234,6 +234,20 @@ def best_f1_threshold(
 RSNA_THRESHOLDS = (.40, .45, .50, .55, .60, .65, .70, .75)
 
 
+def rsna_images(
+    truth:pd.DataFrame, # `boxes` of one label
+    preds:pd.DataFrame, # `box_preds` of that label
+    coverage=None, # `coverage` table or image ids: what was predicted
+    thresholds:tuple=RSNA_THRESHOLDS, # IoU thresholds, strict
+)->tuple[np.ndarray,np.ndarray]: # ids of the images that count, and the score of each
+    "Each image's mean of TP / (TP + FP + FN) over the thresholds."
+    from cxrkit.matching import greedy_precision
+    if (ids := covered_ids(coverage)) is not None: truth, preds = truth[truth["image_id"].isin(ids)], preds[preds["image_id"].isin(ids)]
+    codes, names = pd.factorize(pd.concat([truth["image_id"], preds["image_id"]], ignore_index=True))
+    boxes, scores = _numbers(preds, "preds", _SIDES), _numbers(preds, "preds", ["score"])[:, 0]
+    return np.asarray(names), greedy_precision(codes[:len(truth)], _numbers(truth, "truth", _SIDES), codes[len(truth):], boxes, scores, len(names), thresholds)
+
+# %% ../nbs/12_metrics.ipynb #74c4cabd
 def rsna_2018(
     truth:pd.DataFrame, # `boxes`
     preds:pd.DataFrame, # `box_preds`: exactly the boxes that would be submitted
@@ -241,18 +255,16 @@ def rsna_2018(
     thresholds:tuple=RSNA_THRESHOLDS, # IoU thresholds, strict
 )->pd.DataFrame: # one row a label: label, score, n_truth, n_preds, n_images (that count)
     "Mean precision over IoU thresholds and images, as RSNA Pneumonia 2018 defines it."
-    from cxrkit.matching import greedy_precision
-    if (ids := covered_ids(coverage)) is not None: truth, preds = truth[truth["image_id"].isin(ids)], preds[preds["image_id"].isin(ids)]
-    rows = []
+    rows, ids = [], covered_ids(coverage)
+    if ids is not None: truth, preds = truth[truth["image_id"].isin(ids)], preds[preds["image_id"].isin(ids)]
     for label in sorted(set(truth["label"]) | set(preds["label"])):
         t, p = truth[truth["label"] == label], preds[preds["label"] == label]
         if not len(t): raise ValueError(f"label {label!r}: {len(p)} predictions but no true box; a label without truth cannot be scored")
-        codes, names = pd.factorize(pd.concat([t["image_id"], p["image_id"]], ignore_index=True))
-        scores = greedy_precision(codes[:len(t)], _numbers(t, "truth", _SIDES), codes[len(t):], _numbers(p, "preds", _SIDES), _numbers(p, "preds", ["score"])[:, 0], len(names), thresholds)
-        rows.append((label, float(scores.mean()), len(t), len(p), len(names)))
+        names, scores = rsna_images(t, p, None, thresholds)
+        rows.append((label, float(scores.mean()) if len(scores) else 0., len(t), len(p), len(names)))
     return pd.DataFrame(rows, columns=["label", "score", "n_truth", "n_preds", "n_images"])
 
-# %% ../nbs/12_metrics.ipynb #3c928854
+# %% ../nbs/12_metrics.ipynb #6e7ccd54
 class Score(NamedTuple):
     "What a metric says: one number, and the rows it comes from."
     overall: float # the competition's number
@@ -263,7 +275,7 @@ class Score(NamedTuple):
         "Flat numbers by name."
         return {self.metric: self.overall, **{f"{self.metric}_{r.label}": float(r.value) for r in self.table.itertuples()}}
 
-# %% ../nbs/12_metrics.ipynb #6e7ccd54
+# %% ../nbs/12_metrics.ipynb #917c4f79
 def _units_of(coverage, level, images):
     "Ids of the units of `level` that `coverage` promises; None: unknown."
     ids = covered_ids(coverage)
@@ -283,7 +295,7 @@ def _each_label(spec, labels, cls_preds, coverage, images):
             units = _units_of(coverage, level, images) if len(mine) else None
             yield level, name, known if not len(mine) else join_units(known, mine, units)
 
-# %% ../nbs/12_metrics.ipynb #917c4f79
+# %% ../nbs/12_metrics.ipynb #62a9baa6
 def _one_source(box_preds):
     "Refuse boxes of several runs or folds on one image."
     if box_preds is None or not len(box_preds) or "run_id" not in box_preds: return
@@ -307,7 +319,7 @@ def _pooled_map(spec, labels, boxes, cls_preds, box_preds, coverage=None, images
         rows += [("box", n, *table.loc[n]) if n in table.index else ("box", n, 0., 0, 0) for n in spec.box_labels]
     return pd.DataFrame(rows, columns=["level", "label", "value", "n_truth", "n_preds"])
 
-# %% ../nbs/12_metrics.ipynb #62a9baa6
+# %% ../nbs/12_metrics.ipynb #005a4db3
 def _rsna_table(spec, labels, boxes, cls_preds, box_preds, coverage=None, images=None):
     _one_source(box_preds)
     table = rsna_2018(boxes, boxes.head(0).assign(score=0.) if box_preds is None else box_preds, coverage)
@@ -326,7 +338,7 @@ def _unit_table(function):
         return pd.DataFrame(rows, columns=["level", "label", "value", "n_truth", "n_preds"])
     return table
 
-# %% ../nbs/12_metrics.ipynb #118407b9
+# %% ../nbs/12_metrics.ipynb #0603fcaa
 def log_loss(
     values:np.ndarray, # (n,) 0 or 1
     probs:np.ndarray, # (n,) within 0…1
@@ -351,7 +363,7 @@ class Metric(NamedTuple):
         "Where a search starts."
         return -np.inf if self.direction == "max" else np.inf
 
-# %% ../nbs/12_metrics.ipynb #0603fcaa
+# %% ../nbs/12_metrics.ipynb #cb6d7214
 METRICS = {
     "siim_map": Metric("max", _pooled_map, "mean of the labels' VOC 2010 AP at IoU > .5, study and image labels as boxes 0 0 1 1 (SIIM-FISABIO-RSNA 2021)"),
     "vinbig_map": Metric("max", lambda *a: _pooled_map(*a, iou=.4), "mean of the labels' VOC 2010 AP at IoU > .4 (VinBigData 2021)"),
@@ -371,7 +383,7 @@ def get_metric(
     if name not in METRICS: raise ValueError(f"no metric is called {name!r}; the kit has {', '.join(METRICS)}")
     return METRICS[name]
 
-# %% ../nbs/12_metrics.ipynb #cb6d7214
+# %% ../nbs/12_metrics.ipynb #011aa1c4
 def score(
     spec, # CompSpec: labels, box_labels, metric
     labels:pd.DataFrame, # `labels`, truth of the units
