@@ -255,7 +255,7 @@ def test_rows_of_nothing():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backbone", ["efficientdetv2_dt", "tf_efficientdet_d1", "tf_efficientdet_lite0", "efficientdet_d0"])
+@pytest.mark.parametrize("backbone", ["efficientdetv2_dt", "tf_efficientdet_d1"])
 def test_other_detectors_learn_one_box(backbone):
     torch.manual_seed(0)
     task = build_detector(DetectorConfig(backbone, size=(128, 256)))
