@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-sys.path.insert(0, str(Path(__file__).parent))
 from tinytask import TinyTask, cache, config, dataset, evaluate, images, labels, train
 
 from cxrkit.datasets import RadiographDataset

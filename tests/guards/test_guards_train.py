@@ -1,15 +1,12 @@
 "Mistakes of training and prediction, planted as their authors made them; numbers as in the list of logged mistakes."
 import re
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tinytask import TinyTask, config, dataset, evaluate, train
 
 from cxrkit.boxes import clip_boxes
