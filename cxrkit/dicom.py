@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SIDES', 'as_sizes', 'make_plan', 'check_plan', 'crop_windows', 'boxes_to_crop', 'boxes_from_crop', 'input_rows',
-           'common_folder', 'read_journal', 'prepare_folder', 'cache_rows', 'build_cache', 'fill_cache',
-           'library_versions', 'finish_cache', 'rehearse_decoding', 'read_radiograph', 'read_radiographs', 'open_cache',
-           'Cache', 'Policy', 'Report', 'Limits', 'UnreadableImage', 'check_policy']
+           'common_folder', 'read_journal', 'write_journal', 'prepare_folder', 'cache_rows', 'build_cache',
+           'fill_cache', 'library_versions', 'finish_cache', 'rehearse_decoding', 'read_radiograph', 'read_radiographs',
+           'open_cache', 'Cache', 'Policy', 'Report', 'Limits', 'UnreadableImage', 'check_policy']
 
 # %% ../nbs/10_dicom.ipynb #6526c3a4
 import errno, hashlib, json, os
@@ -152,6 +152,14 @@ def read_journal(
     return kept
 
 # %% ../nbs/10_dicom.ipynb #b6149bb9
+def write_journal(
+    out:Path, # cache folder
+    lines:list[dict], # rows of decoded.csv
+)->None:
+    "Write the journal anew."
+    write_whole(out/"journal.jsonl", b"".join(json.dumps(r).encode()+b"\n" for r in lines))
+
+
 def prepare_folder(
     out:Path, # cache folder
     sizes:list, # sizes of the cache
@@ -228,7 +236,7 @@ def fill_cache(
     "Write results into the journal as they come."
     from tqdm import tqdm
     failed = {}
-    write_whole(out/"journal.jsonl", b"".join(json.dumps(r).encode()+b"\n" for r in done.values()))
+    write_journal(out, list(done.values()))
     with open(out/"journal.jsonl", "ab", buffering=0) as journal, tqdm(total=len(rows), initial=len(done), desc="cache", unit="file", disable=not progress) as bar:
         for row, result in results:
             (out/"cache.json").unlink(missing_ok=True) # it is true again when all is done
@@ -264,6 +272,7 @@ def finish_cache(
     if not done: raise ValueError(f"{out}: none of {len(ids)} files could be read; the first reason: {lost.reason.iloc[0] if len(lost) else 'the table is empty'}; see failures.csv there")
     decoded = pd.DataFrame([done[i] for i in ids if i in done])
     write_whole(out/"decoded.csv", decoded.to_csv(index=False).encode())
+    write_journal(out, [done[i] for i in ids if i in done and done[i]["decoder"] != "blank"]) # in the table's order, whoever finished first
     first = plan["sizes"][0] and tuple(plan["sizes"][0])
     x1, y1, x2, y2 = np.array([c.split() for c in decoded.crop], np.int64).T
     table = images[images.image_id.isin(done)].reset_index(drop=True)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'HEADER', 'size_name', 'image_file', 'encode_image', 'write_whole', 'reserve_map', 'store_image',
-           'source_mark', 'check_row', 'check_size', 'cache_one', 'store_blank', 'Cache', 'load_tables', 'read_cached',
-           'open_cache', 'check_policy']
+           'source_mark', 'check_row', 'check_size', 'cache_one', 'store_blank', 'warm_up', 'Cache', 'load_tables',
+           'read_cached', 'open_cache', 'check_policy']
 
 # %% ../nbs/09_imagecache.ipynb #6526c3a4
 import difflib, json, os, zlib
@@ -15,7 +15,7 @@ from urllib.parse import quote
 import cv2
 import numpy as np
 
-from .photometry import Policy, as_policy, as_size
+from .photometry import Policy, apply_table, as_policy, as_size, grey_table, GreyTags
 from .radiograph import UnreadableImage, read_radiographs
 
 # %% ../nbs/09_imagecache.ipynb #4e840356
@@ -164,6 +164,13 @@ def store_blank(
     return dict(image_id=row["image_id"], slot=row["slot"], height=height, width=width, crop=crop, syntax="", decoder="blank", reduced=1, notes="", source="", crc="")
 
 # %% ../nbs/09_imagecache.ipynb #75ea117a
+def warm_up()->None:
+    "Compile the functions that every file passes through."
+    for dtype in (np.uint8, np.uint16):
+        raw, tags = np.zeros((4, 6), dtype), GreyTags(8)
+        for size in (None, (2, 3)): apply_table(raw, grey_table(raw, tags, Policy()), size)
+
+# %% ../nbs/09_imagecache.ipynb #e79a6e49
 class Cache:
     "Cached radiographs: `cache[image_id]` is a (h,w) uint8 array."
     def __init__(
@@ -189,7 +196,7 @@ class Cache:
     def __getstate__(self): return self.__dict__ | {"_array": None}
     def __getitem__(self, image_id): return read_cached(self, image_id)
 
-# %% ../nbs/09_imagecache.ipynb #e79a6e49
+# %% ../nbs/09_imagecache.ipynb #f34f19fe
 def load_tables(
     folder:Path, # finished cache
 )->tuple: # cache.json, images table, crops (image_id, x1, y1, x2, y2), image_id → row of the memory map
@@ -203,7 +210,7 @@ def load_tables(
     crops = pd.DataFrame(corners, columns=["x1", "y1", "x2", "y2"]).assign(image_id=decoded.image_id)[["image_id", "x1", "y1", "x2", "y2"]]
     return json.loads((folder/"cache.json").read_text()), images, crops, dict(zip(decoded.image_id, decoded.slot))
 
-# %% ../nbs/09_imagecache.ipynb #c5c71844
+# %% ../nbs/09_imagecache.ipynb #8e970e98
 def read_cached(
     cache:Cache, # open cache
     image_id:str, # id as in `images`
@@ -229,7 +236,7 @@ def open_cache(
     "Open a finished cache."
     return Cache(out, size)
 
-# %% ../nbs/09_imagecache.ipynb #8e970e98
+# %% ../nbs/09_imagecache.ipynb #e0fd9503
 def check_policy(
     got:dict, # `cache.policy` of the images at hand
     expected:dict, # the policy a model or another cache was made with

@@ -76,7 +76,7 @@ import json, os, sys
 sys.path[:] = json.loads(sys.argv[2])
 import importlib, socket
 from cxrkit.workers import nursery
-importlib.import_module(sys.argv[3])
+getattr(importlib.import_module(sys.argv[3]), "warm_up", lambda: None)()
 nursery(socket.socket(fileno=int(sys.argv[1])))
 os._exit(0)
 """
@@ -85,7 +85,7 @@ os._exit(0)
 def start_nursery(
     module:str, # to import before forking
 )->tuple[subprocess.Popen, socket.socket]: # the process, and the line to it
-    "Start a fresh Python that has imported `module`; one thread each, since there are as many workers as cores."
+    "Start a fresh Python that has imported `module` and called its `warm_up()`, if it has one; one thread each, since there are as many workers as cores."
     ours, theirs = socket.socketpair()
     threads = {k: "1" for k in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OPENCV_FOR_THREADS_NUM")}
     arguments = [sys.executable, "-c", NURSERY, str(theirs.fileno()), json.dumps(sys.path), module]

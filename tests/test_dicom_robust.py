@@ -41,7 +41,7 @@ def table(paths, **columns):
 
 def folder_hash(folder):
     "Name and content of every file that a later stage reads."
-    files = sorted(p for p in Path(folder).rglob("*") if p.is_file() and p.name not in ("journal.jsonl",))
+    files = sorted(p for p in Path(folder).rglob("*") if p.is_file())
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
