@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['check_task', 'find_devices', 'load_models', 'predict_model', 'predict_models', 'find_culprits', 'predict_isolated',
            'split_studies', 'predict_side_by_side', 'Chunk', 'take', 'end_of_chunk', 'predict_stream', 'smoke_test',
-           'Count']
+           'Count', 'keep_tables']
 
 # %% ../nbs/27_inference.ipynb #44e0b9f1
-import json, resource, time
+import os, resource, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from .answers import Answers, fill
 from .pace import Level, Pace
 from .predict import load_task, predict_batch, predict_table
 from .stream import Background
-from .tables import empty_table
+from .tables import empty_table, write_table
 from .tta import parse_views
 
 # %% ../nbs/27_inference.ipynb #0b7dc53a
@@ -270,6 +270,11 @@ class Count:
         "Height and width of the images that were predicted."
         return pd.concat(self.sizes, ignore_index=True) if self.sizes else pd.DataFrame(columns=["image_id", "height", "width"])
 
+    def failure_table(self, root)->pd.DataFrame:
+        "Images that kept their default, with the reason; files relative to `root`."
+        table = pd.DataFrame(self.failures, columns=["image_id", "file", "reason"])
+        return table.assign(file=[os.path.relpath(f, root) for f in table.file])
+
     def late(self)->int: return len(self.images)-self.done
 
     def facts(self)->dict:
@@ -278,3 +283,13 @@ class Count:
         usage = {who: resource.getrusage(getattr(resource, f"RUSAGE_{who}")).ru_maxrss/2**20 for who in ("SELF", "CHILDREN")}
         return {"images": len(self.images), "predicted": sum(self.levels.values()), "unreadable": len(self.failures), "too_late": self.late(), "levels": self.levels, "seconds": round(seconds, 1),
                 "images_per_second": round(self.done/max(seconds, 1e-9), 3), "memory_gb": round(usage["SELF"], 2), "worker_memory_gb": round(usage["CHILDREN"], 2)}
+
+# %% ../nbs/27_inference.ipynb #74c4cabd
+def keep_tables(
+    chunks:list[Chunk], # all of them
+    out:Path, # run folder
+)->None:
+    "Write cls_preds.parquet and box_preds.parquet."
+    for name in ("cls_preds", "box_preds"):
+        parts = [t for t in (getattr(chunk, name) for chunk in chunks) if len(t)]
+        write_table(pd.concat(parts, ignore_index=True) if parts else empty_table(name), out/f"{name}.parquet", name)
