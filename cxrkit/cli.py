@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'Root', 'Name', 'Friendly', 'examples', 'common', 'toy', 'run_one', 'finish', 'cache', 'folds', 'sweep',
-           'print_rows', 'ledger_tables', 'cell_text', 'runs', 'check']
+           'print_rows', 'ledger_tables', 'cell_text', 'print_behind', 'runs', 'check']
 
 # %% ../nbs/40_cli.ipynb #44e0b9f1
 import io, os, sys
@@ -181,16 +181,31 @@ def cell_text(
     return f"{value:.4f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
 
 # %% ../nbs/40_cli.ipynb #a2018980
-@app.command(epilog=examples("$ cxrkit runs --comp toy", "$ cxrkit runs --flow 31_train_det --name opacity --markdown   # for an issue or a forum post",
+def print_behind(
+    run_id:str, # a run's folder name, or the eight characters at its end
+)->None:
+    "Everything a run was made of."
+    from cxrkit.compare import lineage
+    from cxrkit.provenance import near_names
+    from cxrkit.runs import find_runs
+    found = find_runs()
+    chosen = [r for r in found if run_id in (r.run_id, r.run_id[-8:])]
+    if not chosen: raise ValueError(f"no sealed run is called {run_id!r}; {near_names(run_id, [r.run_id for r in found])}")
+    print_rows([{k: cell_text(v) for k, v in row.items()} for row in lineage(chosen[-1]).astype(object).to_dict("records")], f"behind {chosen[-1].run_id}")
+
+# %% ../nbs/40_cli.ipynb #e79a6e49
+@app.command(epilog=examples("$ cxrkit runs --comp toy", "$ cxrkit runs --behind submit-0a1b2c3d   # the models in a submission: views, hashes, scores", "$ cxrkit runs --flow 31_train_det --name opacity --markdown   # for an issue or a forum post",
                              "Of the parameters, those are shown in which runs of the same flow differ. Times are UTC."))
 def runs(
     comp:Annotated[Optional[str], typer.Option(help="Only this competition.", show_default=False)]=None,
     flow:Annotated[Optional[str], typer.Option(help="Only this flow, such as 31_train_det.", show_default=False)]=None,
     name:Annotated[Optional[str], typer.Option(help="Only runs of this name.", show_default=False)]=None,
     markdown:Annotated[bool, typer.Option("--markdown", help="As Markdown, for pasting.")]=False,
+    behind:Annotated[Optional[str], typer.Option(help="Instead, list everything that this run was made of.", show_default=False)]=None,
 )->None:
     "The ledger: a row for each sealed run, with the parameters that differ, scores, time, and the spread of the folds."
     from cxrkit.compare import markdown_table
+    if behind: return print_behind(behind)
     found = ledger_tables(comp, flow, name)
     if not found: typer.echo("No sealed run"+(" matches" if comp or flow or name else " yet")+"; start one with `cxrkit sweep sweeps/demo.yaml`.")
     for title, table in found:
@@ -199,7 +214,7 @@ def runs(
             print_rows([{c: cell_text(v) for c, v in zip(table.columns, row)} for row in table.astype(object).to_numpy()], title)
             typer.echo()
 
-# %% ../nbs/40_cli.ipynb #c5c71844
+# %% ../nbs/40_cli.ipynb #f34f19fe
 @app.command(epilog=examples("$ cxrkit check submission.csv data/toy/sample_submission.csv --comp toy",
                              "With --comp, labels and grammar are the competition's, and boxes must lie inside the images of its newest cache."))
 def check(

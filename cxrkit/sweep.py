@@ -260,7 +260,7 @@ def progress_of(
             cells = re.findall(rb"(\d+)/(\d+) \[", log.read())
         if cells: parts.append(f"cell {min(int(cells[-1][0])+1, int(cells[-1][1]))}/{int(cells[-1][1])}")
         rows = (partial/"log.csv").read_text().strip().splitlines()
-        if rows[0].startswith("epoch,") and len(rows) > 1: parts.append(f"{len(rows)-1} of {task.planned.params.get('epochs', '?')} epochs")
+        if rows[0].startswith("epoch,") and len(rows) > 1: parts.append(f"epoch {rows[-1].split(',')[0]} of {task.planned.params.get('epochs', '?')}")
     except (OSError, IndexError): pass
     return ", ".join(parts)
 

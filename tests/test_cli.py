@@ -99,6 +99,13 @@ def test_runs_prints_ledger_and_spread(cxrkit, sealed):
     assert any(line[:1]+line[2:8] == ["short", "0", "1", "of", "2", "2", "0.5000"] or "0.5000 ± 0.3536" in " ".join(line) for line in lines)
 
 
+def test_runs_behind_a_run(cxrkit, sealed, project):
+    run_id = next((project/"runs"/"lesson"/"30_train").iterdir()).name
+    text = cxrkit("runs", "--behind", run_id)[1]
+    assert f"30_train/{run_id}" in text and "10_make/make-" in text
+    assert "no sealed run is called 'short'" in cxrkit("runs", "--behind", "short")[1]
+
+
 def test_runs_filters_and_markdown(cxrkit, sealed):
     text = cxrkit("runs", "--flow", "30_train", "--name", "long", "--markdown")[1]
     assert "### lesson · 30_train" in text and "| long | 0 |" in text and "short" not in text and "10_make" not in text

@@ -316,3 +316,25 @@ def test_an_edit_while_a_run_starts_gives_it_another_name(project):
     while advance(launch): time.sleep(.1)
     assert task.state == "sealed" and task.run.run_id != planned and task.moves == 1
     assert [p.name for p in (project/"runs"/"lesson"/"10_make").iterdir()] == [task.run.run_id]
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).resolve().parents[1]/"sweeps").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_sweeps_of_the_project_are_valid(tmp_path, file):
+    comp = next(line.split(":")[1].strip() for line in file.read_text().splitlines() if line.startswith("comp:"))
+    (tmp_path/"data"/comp).mkdir(parents=True)
+    plan = read_sweep(file, root=tmp_path)
+    assert plan.comp == comp and len(plan.runs) > 3 and not (tmp_path/"runs").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_children_and_says_how_to_go_on(tmp_path):
+    launcher = launch_sweep(write_project(tmp_path))
+    try: launcher.wait(timeout=5)
+    except subprocess.TimeoutExpired: pass
+    children = family(launcher)
+    launcher.send_signal(signal.SIGINT)
+    text, _ = launcher.communicate(timeout=60)
+    assert launcher.returncode == 130 and "Stopped. What is sealed stays sealed" in text and gone(children)
+    again = launch_sweep(tmp_path)
+    text, _ = again.communicate(timeout=240)
+    assert again.returncode == 0, text
