@@ -31,6 +31,7 @@ class TrainConfig:
     patience: int = 2 # plateau: evaluations without a new best before lr is multiplied
     plateau_decay: float = .3 # plateau: by this
     evaluate_every: int = 1 # epochs between evaluations; the last epoch always has one
+    refresh_batches: int = 20 # before an evaluation the averages of batch normalisation are taken anew over so many training batches; 0: left as they are
     early_stop: int = 0 # stop after so many evaluations without a new best; 0: never
     clip_norm: float = 10. # largest norm of the gradient; 0: unclipped
     ema_decay: float = .99 # moving average of the weights, used for validation and saved; 0: none
@@ -46,7 +47,7 @@ def check_train_config(config:TrainConfig)->None:
     "Refuse settings that cannot mean anything, by name."
     get_metric(config.metric)
     at_least = dict(epochs=1, batch_size=1, accumulate=1, reference_batch=1, evaluate_every=1, patience=0, early_stop=0,
-                    warmup_epochs=0, clip_norm=0, weight_decay=0, min_lr=0, workers=0)
+                    refresh_batches=0, warmup_epochs=0, clip_norm=0, weight_decay=0, min_lr=0, workers=0)
     for name,least in at_least.items():
         if not getattr(config,name)>=least: raise ValueError(f"{name}: expected at least {least}, got {getattr(config,name)}")
     for name,allowed in dict(schedule=('cosine','poly','constant','plateau'), precision=('auto','no','fp16','bf16')).items():
