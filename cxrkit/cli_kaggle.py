@@ -130,11 +130,12 @@ def attached_datasets(
 
 def pinned_image(
     root:Path, # project
-)->str: # '…@sha256:…', or '' when no wheels were resolved against a probe
+    machine:str, # 't4' or 'cpu': they have different images
+)->str: # '…@sha256:…', or '' when no wheels were resolved against a probe of such a machine
     "The docker image that the wheels were resolved against."
     from cxrkit.manifest import read_manifest
-    images = read_manifest(root/"kaggle_datasets"/"wheels", "wheels")["images"]
-    return next((i["facts"]["docker_image"] for i in images.values() if i.get("facts", {}).get("docker_image")), "")
+    facts = [i.get("facts", {}) for i in read_manifest(root/"kaggle_datasets"/"wheels", "wheels")["images"].values()]
+    return next((f["docker_image"] for f in facts if f.get("docker_image") and ("no GPU" in f.get("machine", "")) == (machine == "cpu")), "")
 
 # %% ../nbs/39_cli_kaggle.ipynb #b6149bb9
 def result_check(
@@ -218,7 +219,7 @@ def start_push(
     root, client = project_root(), Client(say=typer.echo)
     notebook, folders = notebook or root/"nbs"/"flow"/"50_submit.ipynb", attached_datasets(root)
     params = ({"comp": comp} if comp and "comp" in flow_parameters(notebook) else {}) | parse_values(words)
-    spec = KernelSpec(f"{logged_in_user(client)}/{name}", machine, tuple(folders), (load_spec(comp).slug or "") if comp else "", docker_image=pinned_image(root))
+    spec = KernelSpec(f"{logged_in_user(client)}/{name}", machine, tuple(folders), (load_spec(comp).slug or "") if comp else "", docker_image=pinned_image(root, machine))
     return push_kernel(notebook, spec, client, params, folders, seconds=seconds)
 
 # %% ../nbs/39_cli_kaggle.ipynb #c5c71844

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from .client import Client, KaggleError, ask, ask_again, read_json_reply
 from .image import choose_image
-from .manifest import FINGERPRINT, read_json
+from .manifest import read_json
 from .provenance import check_params, flow_parameters, project_root, sha256_file, write_json
-from .upload import compare_remote, look
+from .upload import differences, look
 
 # %% ../nbs/34_kernel.ipynb #0b7dc53a
 MACHINES = {"t4": "NvidiaTeslaT4", "cpu": ""} # T4 ×2; P100s are retired
@@ -95,7 +95,7 @@ class Push:
     push_id: str # what its output must say
     folder: str # where this record, the staged notebook and the output lie, relative to the project
     notebook: str # sha256 of what was pushed
-    sources: dict[str,str] # dataset → fingerprint ('' where no folder was given to compare)
+    sources: dict[str,str] # dataset → fingerprint ('' where it has none)
     competition: str = ""
     docker_image: str = "" # that Kaggle chose, or that was pinned
     pushed: float = 0. # seconds since 1970
@@ -139,10 +139,10 @@ def check_sources(
     for ref, folder in sources.items():
         seen = look(client, ref)
         if seen is None: raise KaggleError(f"{ref}: not there, or not visible to you; upload it first (cxrkit upload), or correct the name")
-        if seen[0] != "ready": raise KaggleError(f"{ref}: is {seen[0]}, not ready; wait, then push")
-        wrong = compare_remote(Path(folder), client, f"{ref}/{seen[1]}") if folder else []
-        if wrong: raise KaggleError(f"{ref}/{seen[1]} is not what was packed in {Path(folder).name}: {'; '.join(wrong[:3])}; run cxrkit upload")
-        marks[ref] = read_json(Path(folder)/FINGERPRINT)["fingerprint"] if folder else ""
+        if seen.status != "ready": raise KaggleError(f"{ref}: is {seen.status}, not ready; wait, then push")
+        wrong = differences(Path(folder), seen) if folder else []
+        if wrong: raise KaggleError(f"{ref}/{seen.version} is not what was packed in {Path(folder).name}: {'; '.join(wrong[:3])}; run cxrkit upload")
+        marks[ref] = seen.fingerprint
     return marks
 
 # %% ../nbs/34_kernel.ipynb #a2018980
@@ -221,14 +221,14 @@ def fetch_output(
     out:Path, # folder, made anew
 )->Path: # `out`
     "Fetch what the notebook left, and make sure that this version left it."
-    start = time.monotonic()
-    while True:
+    start, tries = time.monotonic(), 0
+    while tries := tries+1:
         shutil.rmtree(out, ignore_errors=True)
         reply = ask_again(client, "kernels", "output", push.ref, "-p", str(out), "-o")
         if reply.ok:
             said = [p for p in out.rglob("*.json") if push.push_id in p.read_text(encoding="utf-8", errors="replace")] if push.push_id else [out]
             if said: return out
-        if time.monotonic()-start > client.grace:
+        if time.monotonic()-start > client.grace and tries >= 3:
             why = f"no JSON file of its output says push_id {push.push_id}: it is another version's, or the notebook does not write it" if reply.ok else reply.reason()
             raise KaggleError(f"{push.ref} version {push.version}: {why}")
         time.sleep(client.pause)
@@ -281,9 +281,9 @@ def submit_push(
     if number := find_submission(client, competition, tag): return save_push(replace(push, status="submitted", submission=number), root)
     reply = ask(client, "competitions", "submit", competition, "-k", push.ref, "-v", str(push.version), "-f", push.file, "-m", f"{message} {tag}")
     if not reply.ok and reply.kind not in ("network", "unclear"): raise KaggleError(f"{competition}: {reply.reason()}")
-    start = time.monotonic()
+    start, tries = time.monotonic(), 0
     while not (number := find_submission(client, competition, tag)):
-        if time.monotonic()-start > client.grace: raise KaggleError(f"{competition}: the client said {reply.reason()!r}, but no submission {tag} is in the list; look at the website before trying again")
+        if time.monotonic()-start > client.grace and (tries := tries+1) >= 3: raise KaggleError(f"{competition}: the client said {reply.reason()!r}, but no submission {tag} is in the list; look at the website before trying again")
         time.sleep(client.pause)
     return save_push(replace(push, status="submitted", submission=number), root)
 

@@ -12,9 +12,11 @@ import contextlib, io, json, math, tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from types import SimpleNamespace
+
 import pandas as pd
 
-from .blend import fuse_boxes, gate_boxes, mean_predictions
+import cxrkit.recipe as recipes
 from .manifest import FINGERPRINT, read_manifest, read_weights_header, verify_package
 from .metrics import METRICS, score
 from .package import PackageError, open_folder, pack_folder
@@ -124,17 +126,15 @@ def describe_model(
 
 # %% ../nbs/32_models.ipynb #e79a6e49
 def apply_recipe(
-    recipe:dict, # 'method', 'iou', 'power', 'none_label' of a blend
+    recipe:dict, # the manifest's 'blend': fields of cxrkit.recipe.Recipe, and 'asked', the labels of each level
     cls_preds:pd.DataFrame, # of all classifiers
     box_preds:pd.DataFrame, # of all detectors, original pixels
     coverage:pd.DataFrame, # who saw which image
 )->tuple[pd.DataFrame,pd.DataFrame]: # final cls_preds, final box_preds
     "Make one answer out of many models' predictions, as the blend prescribes."
-    seen = coverage[coverage["run_id"].isin(set(box_preds["run_id"]))] if len(box_preds) else coverage
-    final = mean_predictions(cls_preds) if len(cls_preds) else cls_preds
-    boxes = fuse_boxes(box_preds, recipe["method"], recipe["iou"], coverage=seen)
-    none = final[(final["level"] == "image") & (final["label"] == recipe["none_label"])]
-    return final, gate_boxes(boxes, none, recipe["power"]) if len(none) else boxes
+    images = pd.DataFrame({"image_id": coverage["image_id"].unique()})
+    by_detectors = coverage[coverage["run_id"].isin(set(box_preds["run_id"]))] if len(box_preds) else coverage
+    return recipes.apply_recipe(recipes.load_recipe(recipe), SimpleNamespace(labels=recipe["asked"]), images, cls_preds, box_preds, by_detectors)
 
 # %% ../nbs/32_models.ipynb #f34f19fe
 def pack_tables(
@@ -161,7 +161,7 @@ def describe_blend(
     prefix = f"{spec.metric}_"
     policy = json.loads((cache.path/"cache"/"cache.json").read_text(encoding="utf-8"))["policy"]
     return {"comp": blend.comp, "models": [describe_model(r) for r in models],
-            "blend": {"run": f"{blend.flow}/{blend.run_id}", **{k: recipe[k] for k in ("method", "iou", "power", "none_label")}},
+            "blend": {"run": f"{blend.flow}/{blend.run_id}", **{k: v for k, v in recipe.items() if k != "models"}, "asked": {k: list(v) for k, v in spec.labels.items()}},
             "cv": {"metric": spec.metric, "direction": METRICS[spec.metric].direction, "overall": blend.scores[spec.metric],
                    "labels": {k.removeprefix(prefix): v for k, v in blend.scores.items() if k.startswith(prefix)}, "folds": sorted({r.fold for r in models})},
             "cache": {"run": f"{cache.flow}/{cache.run_id}", "policy": policy},

@@ -31,7 +31,7 @@ def check_metadata(
     owner, _, slug = str(metadata.get("id", "")).partition("/")
     title, subtitle, licenses = metadata.get("title", ""), metadata.get("subtitle", ""), metadata.get("licenses", [])
     wrong = []
-    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", owner, re.I): wrong.append(f"id: expected 'owner/slug', got {metadata.get('id')!r}")
+    if not slug or not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", owner, re.I): wrong.append(f"id: expected 'owner/slug', got {metadata.get('id')!r}")
     if owner == NO_OWNER: wrong.append("id: the owner is not filled in; give --owner, or log in (kaggle auth login) and use cxrkit upload")
     if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", slug) or not 6 <= len(slug) <= 50: wrong.append(f"slug: expected 6 to 50 of a-z, 0-9, -, got {slug!r} ({len(slug)})")
     if not 6 <= len(title) <= 50: wrong.append(f"title: expected 6 to 50 characters, got {len(title)} ({title!r})")
