@@ -9,7 +9,7 @@ __all__ = ['STEPS', 'best_truths', 'claim_truths', 'hit_curves', 'curve_area', '
 # %% ../nbs/08_matching.ipynb #44e0b9f1
 import numpy as np
 
-from .fusion_kernels import compiled, group_rows, run_shares, sorted_rows
+from .fusion_kernels import compiled, group_rows, plain, run_shares, sorted_rows
 
 # %% ../nbs/08_matching.ipynb #62840281
 @compiled
@@ -96,6 +96,7 @@ def hit_curves(
     n_labels:int, # labels are 0…n_labels-1
 )->list[tuple[np.ndarray,np.ndarray]]: # one a label: rows of its hits by falling rank; rank of each among the label's predictions, from 1
     "The hits of each label in order, with their ranks."
+    labels, scores = plain(labels, np.int64), plain(scores)
     order = hits[np.lexsort((hits, -scores[hits], labels[hits]))]
     starts = np.searchsorted(labels[order], np.arange(n_labels+1))
     low, scale, table, at = np.zeros(n_labels), np.zeros(n_labels), np.zeros((n_labels, STEPS+1), np.int64), np.empty(len(labels), np.int64)
@@ -168,8 +169,8 @@ def greedy_precision(
     offsets, rows = group_rows(images, n_images)
     order = sorted_rows(np.asarray(scores, np.float64)-min(0, np.min(scores, initial=0)), rows, offsets)
     out = np.zeros(n_images)
-    boxes, truth_boxes = np.asarray(boxes, np.float64), np.asarray(truth_boxes, np.float64)[truth_rows]
-    run_shares(_greedy_images, offsets, truth_boxes, starts, boxes, order, offsets, np.asarray(thresholds, np.float64), out)
+    boxes, truth_boxes = plain(boxes).reshape(-1, 4), plain(truth_boxes).reshape(-1, 4)[truth_rows]
+    run_shares(_greedy_images, offsets, truth_boxes, starts, boxes, order, offsets, plain(thresholds), out)
     return out
 
 # %% ../nbs/08_matching.ipynb #95f5ba03
@@ -194,7 +195,7 @@ def greedy_hits(
 )->np.ndarray: # (n,) int8 in the order of `order`: 1 hit, 0 false alarm, -1 does not count
     "Match the predictions of each group as COCO does."
     hit = np.zeros(len(order), np.int8)
-    run_shares(_greedy_groups, offsets, np.asarray(truth_boxes, np.float64), truth_starts, np.asarray(boxes, np.float64), order, offsets, iou, most_preds, hit)
+    run_shares(_greedy_groups, offsets, plain(truth_boxes), truth_starts, plain(boxes), order, offsets, float(iou), int(most_preds), hit)
     return hit
 
 # %% ../nbs/08_matching.ipynb #17704b69
@@ -224,5 +225,5 @@ def weighted_areas(
 )->np.ndarray: # (n_samples,) average precision; NaN where a sample has no truth
     "Average precision of resamples of the patients."
     out = np.empty(len(weights))
-    run_shares(_weighted_areas, np.arange(len(weights)+1)*max(1, len(hit)), np.asarray(hit, np.bool_), np.asarray(owners, np.int64), np.asarray(truths, np.int64), np.asarray(weights, np.int16), out)
+    run_shares(_weighted_areas, np.arange(len(weights)+1)*max(1, len(hit)), plain(hit, np.bool_), plain(owners, np.int64), plain(truths, np.int64), plain(weights, np.int16), out)
     return out

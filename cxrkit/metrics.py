@@ -85,13 +85,13 @@ def match_arrays(
     n_threads:int|None=None, # None: all usable cores
 )->Matches:
     "`match_boxes` for those who have arrays already."
-    from cxrkit.fusion_kernels import group_rows, run_shares
+    from cxrkit.fusion_kernels import group_rows, plain, run_shares
     from cxrkit.matching import best_truths
     images, codes, boxes, scores = preds
     starts, rows = group_rows(truth[1]*n_images+truth[0], max(1, n_images*len(labels)))
     best, overlap = np.empty(len(images), np.int64), np.empty(len(images))
-    run_shares(best_truths, len(images), codes*n_images+images, boxes, starts, truth[2][rows], best, overlap, n_threads=n_threads)
-    return Matches(labels, truth[1][rows], rows, codes, np.asarray(scores, np.float64), best, overlap)
+    run_shares(best_truths, len(images), plain(codes*n_images+images, np.int64), plain(boxes), starts, plain(truth[2])[rows], best, overlap, n_threads=n_threads)
+    return Matches(labels, truth[1][rows], rows, codes, plain(scores), best, overlap)
 
 
 def match_boxes(
