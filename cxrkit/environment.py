@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 from .image import Image, applies, judge, target_tags
 from .manifest import read_manifest, verify_package, write_manifest
 from .package import PackageError
-from .provenance import sha256_file
+from .provenance import sha256_file, write_json
 from .sandbox import socket_block
 
 # %% ../nbs/36_environment.ipynb #0b7dc53a
@@ -123,6 +123,10 @@ def make_environment(
     new = ask_python(Path(out)/"bin"/"python")
     link_packages(names, there, here["site"], new["site"])
     (Path(new["site"])/"sitecustomize.py").write_text(socket_block())
+    kernel = {"argv": [new["executable"], "-m", "ipykernel_launcher", "-f", "{connection_file}"], "display_name": "python3", "language": "python"}
+    folder = Path(out)/"share"/"jupyter"/"kernels"/"python3" # found before any kernel of the machine
+    folder.mkdir(parents=True)
+    write_json(folder/"kernel.json", kernel)
     return str(Path(out)/"bin"/"python"), names
 
 # %% ../nbs/36_environment.ipynb #c5c71844
