@@ -33,8 +33,8 @@ def tell_package(
     manifest:dict, # of a package
 )->None:
     "Say what was packed."
-    size = sum(f["bytes"] for f in manifest["files"].values())
-    typer.secho(f"{manifest['kind']}: {len(manifest['files'])} files, {size/1e6:.1f} MB, with manifest.json and fingerprint.json", fg="green")
+    size, count = sum(f["bytes"] for f in manifest["files"].values()), len(manifest["files"])
+    typer.secho(f"{manifest['kind']}: {count} file{'' if count == 1 else 's'}, {size/1e6:.1f} MB, with manifest.json and fingerprint.json", fg="green")
 
 # %% ../nbs/39_cli_kaggle.ipynb #62840281
 @package_app.command("code", epilog=examples("$ cxrkit package code", "$ cxrkit package code --allow-dirty   # between two commits; the wheel's name then says dirty"))

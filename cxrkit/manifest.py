@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'MANIFEST', 'FINGERPRINT', 'METADATA', 'KINDS', 'MUST_AGREE', 'ManifestError', 'write_manifest', 'read_json',
            'read_manifest', 'find_renamed', 'explain_missing', 'locate_files', 'verify_package', 'restore_names',
-           'read_weights_header', 'tell_models', 'version_gaps']
+           'install_words', 'read_weights_header', 'tell_models', 'version_gaps']
 
 # %% ../nbs/28_manifest.ipynb #44e0b9f1
 import json, struct
@@ -137,6 +137,22 @@ def restore_names(
     return out
 
 # %% ../nbs/28_manifest.ipynb #562ae44c
+def install_words(
+    folder:str|Path, # a packed wheels dataset
+    links:str|Path, # new folder for links with real names
+    python:str, # '3.12', of the machine at hand
+)->list[str]: # for `[sys.executable, "-m", "pip", *words]`
+    "The words that make pip install a wheels dataset: offline, without dependencies, by hash."
+    manifest, found = read_manifest(folder, "wheels"), verify_package(folder, "wheels")
+    images = {name: image for name, image in manifest["images"].items() if image["python"] == python}
+    if not images:
+        there = ", ".join(f"{name} (Python {image['python']})" for name, image in manifest["images"].items()) or "no image"
+        raise ManifestError(f"{folder}: wheels for {there}, this is Python {python}; pin the notebook's image, or package wheels for it (cxrkit package wheels --image …)")
+    image = next(iter(images.values()))
+    wheels = restore_names({name: found[name] for name in image["wheels"]}, links)
+    return ["install", "--no-index", "--no-deps", "--require-hashes", "--find-links", str(wheels), "-r", str(found[image["lock"]])]
+
+# %% ../nbs/28_manifest.ipynb #47d09d50
 def read_weights_header(
     path:str|Path, # '….safetensors'
 )->dict: # what `save_weights` kept: config and meta; {} for a file of others
@@ -150,7 +166,7 @@ def read_weights_header(
         except ValueError as error: raise ManifestError(f"{path}: the safetensors header is not JSON ({error}); package the model again") from error
     return json.loads(header.get("__metadata__", {}).get("cxrkit", "{}"))
 
-# %% ../nbs/28_manifest.ipynb #47d09d50
+# %% ../nbs/28_manifest.ipynb #62e83953
 def tell_models(
     manifest:dict, # of a models dataset
 )->str: # a table in plain text
@@ -163,7 +179,7 @@ def tell_models(
     lines.append(f"boxes: {blend['method']} at IoU {blend['iou']}, score × (1 − p_none)^{blend['power']}; folds packed: {', '.join(map(str, cv['folds']))}")
     return "\n".join([*lines, f"expected {cv['metric']} {cv['overall']:.4f} ({labels})"])
 
-# %% ../nbs/28_manifest.ipynb #62e83953
+# %% ../nbs/28_manifest.ipynb #917c4f79
 MUST_AGREE = {"effdet": 3, "timm": 2, "torch": 1} # package → leading numbers of the version that must be equal
 
 

@@ -325,7 +325,7 @@ class KaggleServer:
         if self.strikes("silent_model_source"): saved["modelDataSources"] = []
         if self.strikes("keeps_internet"): saved["enableInternet"] = True
         kernel.saves.append(saved)
-        kernel.polls = 2
+        kernel.polls = 1
         kernel.outputs.append({} if self.faults.get("kernel_fails", 0) else self.run_kernel(saved))
         return {"ref": f"/code/{ref}", "url": f"https://www.kaggle.com/code/{ref}", "versionNumber": len(kernel.saves), "invalidDatasetSources": unknown}
 
@@ -347,7 +347,7 @@ class KaggleServer:
         _, kernel = self.find_kernel(body)
         if kernel.polls > 0:
             kernel.polls -= 1
-            return {"status": "QUEUED" if kernel.polls else "RUNNING"}
+            return {"status": "RUNNING"}
         if self.strikes("kernel_fails"): return {"status": "ERROR", "failureMessage": "Notebook Threw Exception"}
         return {"status": "COMPLETE"}
 

@@ -141,8 +141,7 @@ def test_credentials_never_appear(packed, kaggle, tmp_path):
     "The command line, as loud as it gets, with a fault in the middle: no spelling of the secret in any output or file."
     kaggle.fault("put_503")
     env = kaggle.environment(tmp_path/"home") | {"VERBOSE": "1", "CXRKIT_HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
-    code = "import typer; from cxrkit.cli_kaggle import register; app = typer.Typer(); register(app); app()"
-    done = subprocess.run([sys.executable, "-c", code, "upload", "models", "--folder", str(packed)], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", "from cxrkit.cli import app; app()", "upload", "models", "--folder", str(packed)], env=env, capture_output=True, text=True)
     assert done.returncode == 0 and "created: https://www.kaggle.com/datasets/alice/cxrkit-models/versions/1" in done.stdout, done.stdout+done.stderr
     secrets = [kaggle.key, kaggle.token, base64.b64encode(f"alice:{kaggle.key}".encode()).decode(), "signature-token"]
     written = done.stdout+done.stderr+"".join(p.read_text(errors="replace") for p in tmp_path.rglob("*") if p.is_file() and p.stat().st_size < 10**5)
@@ -152,7 +151,7 @@ def test_credentials_never_appear(packed, kaggle, tmp_path):
 def test_failure_of_the_command_line_is_not_exit_zero(packed, kaggle, tmp_path):
     kaggle.fault("quota")
     env = kaggle.environment(tmp_path/"home") | {"CXRKIT_HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", "from cxrkit.cli import app; from cxrkit.cli_kaggle import register; register(app); app()", "upload", "models", "--folder", str(packed)],
+    done = subprocess.run([sys.executable, "-c", "from cxrkit.cli import app; app()", "upload", "models", "--folder", str(packed)],
                           env=env, capture_output=True, text=True)
     assert done.returncode != 0 and "quota" in done.stderr and "Traceback" not in done.stderr
 
