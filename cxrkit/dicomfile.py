@@ -128,9 +128,10 @@ def read_value(
     if vr in BINARY:
         size = struct.calcsize(BINARY[vr])
         return list(struct.unpack(f"{'<' if code.little else '>'}{len(raw)//size}{BINARY[vr]}", raw[:len(raw)//size*size]))
-    if vr in ("OW", "OB"): return raw
+    wanted = TAGS[NAMES[element.tag]][1]
+    if vr in ("OW", "OB") and wanted == "OW": return raw
     text = raw.decode("latin-1").strip(" \0")
-    if vr not in ("DS", "IS"): return text
+    if wanted in ("UI", "CS"): return text
     try: return [float(t) for t in text.split("\\") if t.strip(" \0")]
     except ValueError: raise UnreadableImage(f"DICOM: element {element} should hold numbers, got {text[:40]!r}; repair the file") from None
 

@@ -15,6 +15,7 @@ from urllib.parse import quote
 import cv2
 import numpy as np
 
+from .losslessjpeg import PEEK, decode_rows, unstuff
 from .photometry import Policy, apply_table, as_policy, as_size, grey_table, GreyTags
 from .radiograph import UnreadableImage, read_radiographs
 
@@ -169,6 +170,8 @@ def warm_up()->None:
     for dtype in (np.uint8, np.uint16):
         raw, tags = np.zeros((4, 6), dtype), GreyTags(8)
         for size in (None, (2, 3)): apply_table(raw, grey_table(raw, tags, Policy()), size)
+        decode_rows(np.zeros(2, np.uint32), 0, np.zeros(1 << PEEK, np.int32), np.zeros(1 << 16, np.int32), raw, np.int64(0), np.int64(PEEK))
+    unstuff(np.zeros(4, np.uint8), np.zeros(4, np.uint8))
 
 # %% ../nbs/09_imagecache.ipynb #e79a6e49
 class Cache:

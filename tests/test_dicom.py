@@ -100,6 +100,25 @@ def test_lossy_syntaxes_are_near(tmp_path, syntax, bits, worst):
     assert np.abs(stored-theirs.astype(int)).max() <= (1 if syntax.startswith("jpeg") and "ls" not in syntax else 0)
 
 
+@given(st.integers(0, 10**6))
+@settings(max_examples=60, deadline=None)
+def test_the_lossless_decoder_equals_libjpeg(seed):
+    "Random sizes, precisions and roughness; and whatever a damaged stream does, it does not take the process along."
+    import imagecodecs
+    from cxrkit.losslessjpeg import decode_lossless
+    rng = np.random.default_rng(seed)
+    bits, h, w = int(rng.integers(2, 17)), *rng.integers(1, 60, 2)
+    image = np.cumsum(rng.normal(0, 2.**rng.integers(0, bits), (h, w)), 1).astype(np.int64) % 2**bits
+    image = image.astype(np.uint8 if bits <= 8 else np.uint16)
+    stream = imagecodecs.jpeg8_encode(image, lossless=True, predictor=1, bitspersample=bits)
+    np.testing.assert_array_equal(decode_lossless(memoryview(stream)), image)
+    np.testing.assert_array_equal(decode_lossless(memoryview(stream)), imagecodecs.jpeg8_decode(stream))
+    damaged = bytearray(stream)
+    for at in rng.integers(0, len(damaged), 3): damaged[at] = rng.integers(0, 256)
+    out = decode_lossless(memoryview(bytes(damaged)))
+    assert out is None or out is False or out.dtype.kind == "u"
+
+
 def test_unused_high_bits_are_masked_and_signs_extended(tmp_path):
     image = phantom(bits=12, signed=True)
     dirty = (image.view(np.uint16) & 0x0FFF) | (np.random.default_rng(1).integers(0, 16, image.shape).astype(np.uint16) << 12)
@@ -303,7 +322,7 @@ def test_fallback_to_pydicom_is_used_and_reported(tmp_path, monkeypatch):
     import cxrkit.codecs as codecs
     def missing(function, *args, **options): raise codecs.CodecFailed(f"imagecodecs.{function}: ModuleNotFoundError")
     image = phantom()
-    path = write_dicom(tmp_path/"a.dcm", image, "jpeg-lossless", 12)
+    path = write_dicom(tmp_path/"a.dcm", image, "jpeg-lossless-14", 12)
     monkeypatch.setattr(codecs, "_imagecodecs", missing)
     p = read_pixels(path)
     np.testing.assert_array_equal(stored_image(p), image)
