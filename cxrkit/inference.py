@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_task', 'find_devices', 'load_models', 'predict_model', 'predict_models', 'find_culprits', 'predict_isolated',
-           'split_studies', 'predict_side_by_side', 'Chunk', 'take', 'end_of_chunk', 'predict_stream', 'smoke_test',
-           'Count', 'keep_tables']
+           'split_studies', 'predict_side_by_side', 'Chunk', 'take', 'end_of_chunk', 'finish', 'predict_stream',
+           'smoke_test', 'Count', 'keep_tables']
 
 # %% ../nbs/27_inference.ipynb #44e0b9f1
 import os, resource, time
@@ -19,7 +19,7 @@ import torch
 
 from .answers import Answers, fill
 from .pace import Level, Pace
-from .predict import load_task, predict_batch, predict_table
+from .predict import clip_to_images, load_task, predict_batch, predict_table
 from .stream import Background
 from .tables import empty_table, write_table
 from .tta import parse_views
@@ -188,14 +188,24 @@ def end_of_chunk(
     while stop < len(studies) and studies[stop] == studies[stop-1]: stop += 1
     return stop
 
-# %% ../nbs/27_inference.ipynb #17704b69
+# %% ../nbs/27_inference.ipynb #562ae44c
+def finish(
+    combine, # the blend's recipe
+    images:pd.DataFrame, # image_id, study_id, height, width
+    tables:dict[str,pd.DataFrame], # cls_preds, box_preds and coverage of all models
+)->tuple[pd.DataFrame,pd.DataFrame]: # final cls_preds, final box_preds
+    "One answer out of all predictions, with boxes inside their images."
+    cls_preds, box_preds = combine(images, tables["cls_preds"], tables["box_preds"], tables["coverage"])
+    return cls_preds, clip_to_images(box_preds, images) if len(box_preds) else box_preds
+
+# %% ../nbs/27_inference.ipynb #614e38ed
 def predict_stream(
     models:list[dict], # entries of a package's manifest
     tasks:list[dict], # of `load_models`
     images:pd.DataFrame, # image_id, study_id, path, sorted by study
     reader:Background, # of `read_ahead` over the same paths
     sizes:list[tuple[int,int]], # as given to `read_ahead`
-    combine, # (cls_preds, box_preds, coverage) → final cls_preds, final box_preds: the blend's recipe
+    combine, # (images, cls_preds, box_preds, coverage) → final cls_preds, final box_preds: the blend's recipe
     pace:Pace, # time there is, and what is given up
     batch_size:int=16, # images at a time
     chunk:int=64, # images after which the pace is looked at
@@ -213,8 +223,8 @@ def predict_stream(
         if len(found):
             tables, looks, bad = predict_side_by_side(models, level, tasks, found, pixels, batch_size)
             networks = time.perf_counter()-begin
-            final = combine(tables["cls_preds"], tables["box_preds"], tables["coverage"])
-            found = found[~found.image_id.isin(list(bad))]
+            found = found[~found.image_id.isin(list(bad))].reset_index(drop=True)
+            final = finish(combine, found, tables)
         else: networks = 0.
         paths = dict(zip(rows.image_id, rows.path))
         yield Chunk(found, *final, failures+[dict(image_id=i, file=paths[i], reason=why) for i, why in bad.items()], level.name)
@@ -222,7 +232,7 @@ def predict_stream(
         if len(found): pace.note(len(rows), looks, decode, max(0., now-last-waited-networks))
         start, last = start+len(rows), now
 
-# %% ../nbs/27_inference.ipynb #614e38ed
+# %% ../nbs/27_inference.ipynb #47d09d50
 def smoke_test(
     models:list[dict], # entries of a package's manifest
     tasks:list[dict], # of `load_models`
@@ -239,11 +249,11 @@ def smoke_test(
     form = Answers(answers.sample.iloc[first.index], answers.spec)
     for device in tasks:
         tables, _, _ = predict_side_by_side(models, level, [device], images, pixels, 1)
-        try: n = fill(form, *combine(tables["cls_preds"], tables["box_preds"], tables["coverage"]), [image_id])
+        try: n = fill(form, *finish(combine, images, tables), [image_id])
         except ValueError as error: raise ValueError(f"models: together they do not answer what {answers.spec.name} asks ({error}); package a blend that does") from error
     if n < len(first): raise ValueError(f"models: nobody answers level {', '.join(first.level[[not f for f in form.filled]])} of {answers.spec.name}; package a blend that does")
 
-# %% ../nbs/27_inference.ipynb #47d09d50
+# %% ../nbs/27_inference.ipynb #74c4cabd
 class Count:
     "What became of all images."
     def __init__(
@@ -284,7 +294,7 @@ class Count:
         return {"images": len(self.images), "predicted": sum(self.levels.values()), "unreadable": len(self.failures), "too_late": self.late(), "levels": self.levels, "seconds": round(seconds, 1),
                 "images_per_second": round(self.done/max(seconds, 1e-9), 3), "memory_gb": round(usage["SELF"], 2), "worker_memory_gb": round(usage["CHILDREN"], 2)}
 
-# %% ../nbs/27_inference.ipynb #74c4cabd
+# %% ../nbs/27_inference.ipynb #3c928854
 def keep_tables(
     chunks:list[Chunk], # all of them
     out:Path, # run folder

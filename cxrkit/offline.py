@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['NotReady', 'attached', 'dataset_kind', 'find_dataset', 'find_competition', 'choose_mode', 'installed_packages',
            'numbers', 'meets', 'choose_lock', 'check_image', 'read_pins', 'run_pip', 'install', 'leave_zips',
-           'check_headers', 'check_folds', 'check_versions', 'check_fit', 'open_models', 'Kit', 'get_ready']
+           'check_headers', 'check_folds', 'check_versions', 'check_recipe', 'check_fit', 'open_models', 'Kit',
+           'get_ready']
 
 # %% ../nbs/35_offline.ipynb #44e0b9f1
 import importlib, json, os, re, subprocess, sys, tempfile
@@ -204,6 +205,14 @@ def check_versions(
     if gaps: raise NotReady(f"{next(iter(gaps.values()))}: {'; '.join(gaps)}; the same weights would not give the same network. Ship the wheel it was trained with, or train it with this one")
 
 
+def check_recipe(
+    manifest:dict, # of a models dataset
+)->None:
+    "Refuse a blend that needs all images at once."
+    if manifest.get("blend", {}).get("classifiers") == "rank":
+        raise NotReady("blend: classifiers='rank' places each image among the others, but the hidden set comes in small portions and may be a single image; blend with 'mean' or 'geometric'")
+
+
 def check_fit(
     manifest:dict, # of a models dataset, or of sealed runs (`cxrkit.models.describe_blend`)
     files:dict[str,Path], # name → where it lies
@@ -213,6 +222,7 @@ def check_fit(
     check_headers(manifest, files)
     check_folds(manifest)
     check_versions(manifest, here)
+    check_recipe(manifest)
 
 # %% ../nbs/35_offline.ipynb #17704b69
 def open_models(
