@@ -148,7 +148,7 @@ _READ = ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_void_p, ctypes.c_size_t, ctyp
 _SKIP = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
 _SEEK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64, ctypes.c_void_p)
 
-
+# %% ../nbs/05_codecs.ipynb #c5c71844
 @cache
 def openjpeg()->ctypes.CDLL|None: # the library, or None where there is none
     "Load OpenJPEG 2.x from the wheel of imagecodecs or Pillow, or from the system."
@@ -159,13 +159,15 @@ def openjpeg()->ctypes.CDLL|None: # the library, or None where there is none
     for name in [*map(str, found), "libopenjp2.so.7", "libopenjp2.dylib"]:
         try: lib = ctypes.CDLL(name)
         except OSError: continue
+        lib.opj_version.restype = ctypes.c_char_p
+        if not lib.opj_version().startswith(b"2."): continue # its structures are those declared above
         for f in ("opj_stream_create", "opj_create_decompress"): getattr(lib, f).restype = ctypes.c_void_p
         lib.opj_stream_create.argtypes = [ctypes.c_size_t, ctypes.c_int]
         lib.opj_stream_set_user_data_length.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
         return lib
     return None
 
-# %% ../nbs/05_codecs.ipynb #f34f19fe
+# %% ../nbs/05_codecs.ipynb #8e970e98
 def _callbacks(
     data:memoryview, # code stream
 )->tuple: # read, skip, seek for an opj_stream_t
@@ -185,7 +187,7 @@ def _callbacks(
         return 1
     return _READ(read), _SKIP(skip), _SEEK(seek)
 
-# %% ../nbs/05_codecs.ipynb #8e970e98
+# %% ../nbs/05_codecs.ipynb #04875f6e
 def _component(
     image, # pointer to opj_image_t
     index:int, # which component
@@ -195,7 +197,7 @@ def _component(
     if not c.data or c.h < 1 or c.w < 1: raise CodecFailed("OpenJPEG decoded no samples")
     return np.ctypeslib.as_array(c.data, (c.h, c.w)).copy()
 
-# %% ../nbs/05_codecs.ipynb #04875f6e
+# %% ../nbs/05_codecs.ipynb #e0fd9503
 def decode_openjpeg(
     data:memoryview, # code stream of JPEG 2000
     reduce:int, # times to halve; not more than the stream's levels
@@ -220,7 +222,7 @@ def decode_openjpeg(
         lib.opj_stream_destroy(stream)
     return parts[0] if len(parts) == 1 else np.stack(parts, -1)
 
-# %% ../nbs/05_codecs.ipynb #95f5ba03
+# %% ../nbs/05_codecs.ipynb #7baf2d5e
 @dataclass(frozen=True)
 class Decoded:
     "The samples of a frame, and where they lie."
@@ -239,7 +241,7 @@ def choose_reduction(
     most = {"jpeg": 3, "j2k": stream.levels if openjpeg() else 0, "htj2k": stream.levels}.get(stream.kind, 0)
     return max((r for r in range(most+1) if stream.height >= least[0] << r and stream.width >= least[1] << r), default=0)
 
-# %% ../nbs/05_codecs.ipynb #562ae44c
+# %% ../nbs/05_codecs.ipynb #614e38ed
 def _imagecodecs(
     function:str, # such as 'jpegls_decode'
     *args, # data, and what the decoder takes
@@ -255,7 +257,7 @@ def _imagecodecs(
     if samples is None or not samples.size: raise CodecFailed(f"imagecodecs.{function} returned no samples")
     return samples
 
-# %% ../nbs/05_codecs.ipynb #614e38ed
+# %% ../nbs/05_codecs.ipynb #4243d3ea
 def decode_jpeg8(
     data:memoryview, # baseline or progressive JPEG, 8 bits
     reduce:int, # 0 to 3
@@ -270,7 +272,7 @@ def decode_jpeg8(
     if samples is None: raise CodecFailed("OpenCV cannot decode this JPEG")
     return samples
 
-# %% ../nbs/05_codecs.ipynb #4243d3ea
+# %% ../nbs/05_codecs.ipynb #47d09d50
 def decode_jpeg_lossless(
     data:memoryview, # lossless JPEG
 )->Decoded: # exact samples
@@ -280,7 +282,7 @@ def decode_jpeg_lossless(
     if samples is False: raise UnreadableImage("jpeg-lossless: the image data is damaged or ends early")
     return Decoded(_imagecodecs("jpeg8_decode", data), "imagecodecs.jpeg8") if samples is None else Decoded(samples, "cxrkit.losslessjpeg")
 
-# %% ../nbs/05_codecs.ipynb #47d09d50
+# %% ../nbs/05_codecs.ipynb #2844a2e5
 def decode_frame(
     data:memoryview, # one compressed frame
     stream:Stream, # what it says about itself

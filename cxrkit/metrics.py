@@ -8,6 +8,7 @@ __all__ = ['RSNA_THRESHOLDS', 'METRICS', 'Matches', 'covered_ids', 'match_arrays
            'best_f1_threshold', 'rsna_images', 'rsna_2018', 'Score', 'log_loss', 'Metric', 'get_metric', 'score']
 
 # %% ../nbs/12_metrics.ipynb #44e0b9f1
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -403,4 +404,6 @@ def score(
     table = metric.table(spec, labels, boxes, cls_preds, box_preds, ids, images)
     empty = table.loc[table["n_truth"] == 0, "label"].tolist()
     if empty: raise ValueError(f"{spec.metric}: no truth for {', '.join(map(repr, empty))}; a label without truth is not averaged in, it is an error")
+    for row in table[(table["level"] == "box") & (table["value"] == 0) & (table["n_preds"] >= 20) & (table["n_truth"] >= 5)].itertuples():
+        warnings.warn(f"{row.n_preds} boxes {row.label!r} and not one finds any of {row.n_truth} true boxes; that is rarely a bad detector: cxrkit.errors.diagnose_boxes tries the usual mix-ups of coordinates", stacklevel=2)
     return Score(float(table["value"].mean()), table, spec.metric)

@@ -99,7 +99,7 @@ def check_best_epoch(
 )->None:
     "Refuse weights that are not of the best epoch in the run's log."
     metric, epoch, value = header["metric"], header["epoch"], header["score"]
-    log = pd.read_csv(run.path/"log.csv").dropna(subset=metric)
+    log = pd.read_csv(run.path/"log.csv").dropna(subset=metric).query("epoch > 0") # epoch 0 is the score before training
     row = log[log["epoch"] == epoch]
     best = log.loc[log[metric].idxmax() if METRICS[metric].direction == "max" else log[metric].idxmin()]
     said = float(row[metric].iloc[0]) if len(row) else math.nan

@@ -114,7 +114,7 @@ def _finish_odd(text, places, values, odd):
     for at in np.flatnonzero(odd) if odd.any() else []:
         prediction, column = divmod(int(at), values.shape[1])
         spelled = _word(text, places[prediction], column)
-        try: values[prediction, column] = float("no" if "_" in spelled else spelled)
+        try: values[prediction, column] = float(spelled if spelled.isascii() and "_" not in spelled else "no")
         except ValueError: values[prediction, column], bad = np.nan, [*bad, (int(at), spelled)]
     return bad
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['GRAMMARS', 'SubmissionError', 'infer_grammar', 'read_predictions', 'parse_submission', 'check_submission',
-           'write_submission']
+           'write_submission', 'keep_labels', 'record_submission', 'submission_gaps']
 
 # %% ../nbs/14_submit.ipynb #44e0b9f1
-import os, tempfile
+import os, tempfile, warnings
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +46,7 @@ def _as_frame(table, name):
     if not path.is_file(): raise SubmissionError(f"{name}: no file {path}")
     return pd.read_csv(path, dtype=str, keep_default_na=False)
 
-
+# %% ../nbs/14_submit.ipynb #74c8413d
 def _read_words(submission, grammar):
     "Row of each prediction, and the words as numbers; errors name the row."
     from cxrkit.parsing import parse_rows
@@ -61,7 +61,7 @@ def _read_words(submission, grammar):
         raise SubmissionError(f"{where(rows[at//len(grammar)])}: {grammar[at % len(grammar)]} is {spelling!r}, expected a number")
     return rows, words
 
-
+# %% ../nbs/14_submit.ipynb #fbe066a5
 def read_predictions(
     submission:pd.DataFrame, # id, PredictionString
     grammar:tuple[str,...], # words of one prediction
@@ -76,7 +76,7 @@ def _take(names, codes):
     "Text column names[codes]."
     return pd.Series(np.asarray(names, object) if len(names) else np.array([""], object)).array.take(codes)
 
-# %% ../nbs/14_submit.ipynb #b4f4c709
+# %% ../nbs/14_submit.ipynb #712e9d7c
 def _split_ids(
     ids, # ids of a submission's rows
     spec=None, # CompSpec: its levels
@@ -86,7 +86,7 @@ def _split_ids(
     found = [next((x for x in levels if name.endswith("_"+x)), "") for name in names]
     return np.array([n[:len(n)-len(x)-1] if x else n for n, x in zip(names, found)], object), np.array(found, object)
 
-# %% ../nbs/14_submit.ipynb #b6149bb9
+# %% ../nbs/14_submit.ipynb #75ea117a
 def _side_columns(values, grammar):
     "x1, y1, x2, y2 of predictions in either spelling; units in a grammar without boxes have 0 0 1 1."
     column = lambda word: values[:, grammar.index(word)]
@@ -94,7 +94,7 @@ def _side_columns(values, grammar):
     if "w" in grammar: return [column("x"), column("y"), column("x")+column("w"), column("y")+column("h")]
     return [np.full(len(values), v, float) for v in (0, 0, 1, 1)]
 
-
+# %% ../nbs/14_submit.ipynb #a2018980
 def parse_submission(
     submission, # DataFrame or CSV file: id, PredictionString
     grammar=None, # a CompSpec, or the words of a prediction; None: guess
@@ -118,7 +118,7 @@ def parse_submission(
             pd.DataFrame({**same(box), "image_id": _take(ids, rows[box]), "label": _take(names, codes[box]), "score": score[box],
                           **{c: s[box].astype(np.float32) for c, s in zip(("x1", "y1", "x2", "y2"), sides)}}))
 
-# %% ../nbs/14_submit.ipynb #a2018980
+# %% ../nbs/14_submit.ipynb #f34f19fe
 def _some(values):
     values = list(values)
     return ", ".join(map(repr, values[:3]))+(f" and {len(values)-3} more" if len(values) > 3 else "")
@@ -138,7 +138,7 @@ def _check_frame(submission, sample):
         raise SubmissionError(f"ids: {len(missing)} of the sample's {len(wanted)} are missing"+(f" ({_some(missing)})" if len(missing) else "")+
                               f", {len(extra)} are not in the sample"+(f" ({_some(extra)})" if len(extra) else ""))
 
-# %% ../nbs/14_submit.ipynb #e79a6e49
+# %% ../nbs/14_submit.ipynb #8e970e98
 def _refuse(rows, bad, rule):
     "An error that shows the first prediction for which `bad` is true."
     if not bad.any(): return
@@ -159,7 +159,7 @@ def _check_labels(rows, levels, spec):
         allowed = set(labels) | (set(spec.box_labels) if name == "image" else set())
         _refuse(rows, (level == name) & ~rows["label"].isin(allowed).to_numpy(), f"labels of level {name!r} ({', '.join(sorted(allowed))}) on ids that end in _{name}")
 
-# %% ../nbs/14_submit.ipynb #c5c71844
+# %% ../nbs/14_submit.ipynb #04875f6e
 def _check_boxes(rows, ids, levels, images):
     "Finite scores within 0…1, corners in order, boxes inside their image."
     _refuse(rows, ~np.isfinite(rows["score"]), "finite scores")
@@ -175,13 +175,27 @@ def _check_boxes(rows, ids, levels, images):
     _refuse(rows, boxes & np.isnan(size[:, 0]), "ids of images whose size is known")
     _refuse(rows, boxes & ((corners[:, :2] < -1) | (corners[:, 2:] > size+1)).any(1), "boxes inside their image, in pixels of the original; were boxes of the resized image written, or x and y swapped?")
 
-# %% ../nbs/14_submit.ipynb #8e970e98
+# %% ../nbs/14_submit.ipynb #c3c5b5b7
+def _border_report(rows, ids, levels, images):
+    "Boxes at the border of their image; a warning where many end at one coordinate that is no border."
+    words = [c for c in rows.columns if c not in ("row", "id", "label")]
+    x2, y2 = _side_columns(rows[words].to_numpy(), words)[2:]
+    size = images.drop_duplicates("image_id").set_index("image_id")[["width", "height"]].reindex(ids).to_numpy(float)[rows["row"]]
+    at_border = (np.abs(x2-size[:, 0]) < 1) | (np.abs(y2-size[:, 1]) < 1)
+    for name, ends, limit in (("x", x2, size[:, 0]), ("y", y2, size[:, 1])):
+        inside = ends[np.isin(levels, ["", "image"])[rows["row"]] & (np.abs(ends-limit) >= 1) & (ends > 1)]
+        values, counts = np.unique(np.round(inside), return_counts=True)
+        if len(inside) >= 20 and counts.max() > .2*len(inside):
+            warnings.warn(f"predictions: {counts.max()} of {len(inside)} boxes end at {name} = {values[counts.argmax()]:g}, which is not the border of their images; were they clipped to the size of another image?", stacklevel=3)
+    return int(at_border.sum())
+
+# %% ../nbs/14_submit.ipynb #95f5ba03
 def check_submission(
     submission, # DataFrame or CSV file to hand in
     sample, # the competition's sample submission, DataFrame or CSV file
     spec=None, # CompSpec: labels and grammar; None: judged from the sample
     images:pd.DataFrame|None=None, # `images`: sizes, to check that boxes are inside
-)->pd.Series: # what was found: rows, empty_rows, predictions, then predictions per label
+)->pd.Series: # what was found: rows, empty_rows, predictions, at_border (with images), then predictions per label
     "Refuse a submission that Kaggle would refuse or score wrongly, and describe one that is fine."
     submission, sample = _as_frame(submission, "submission"), _as_frame(sample, "sample")
     _check_frame(submission, sample)
@@ -191,10 +205,11 @@ def check_submission(
     _check_boxes(rows, ids, levels, images)
     texts = submission.iloc[:, 1].fillna("").astype(str)
     report = {"rows": len(submission), "empty_rows": int((texts.str.strip() == "").sum()), "predictions": len(rows)}
+    if images is not None and len(rows): report["at_border"] = _border_report(rows, ids, levels, images)
     if "label" in rows: report.update(rows["label"].value_counts().sort_index().to_dict())
     return pd.Series(report, name="submission")
 
-# %% ../nbs/14_submit.ipynb #95f5ba03
+# %% ../nbs/14_submit.ipynb #614e38ed
 def write_submission(
     submission:pd.DataFrame, # id and PredictionString, complete
     path:str|Path, # file to write
@@ -215,3 +230,50 @@ def write_submission(
         os.replace(part, path)
     finally: Path(part).unlink(missing_ok=True)
     return path
+
+# %% ../nbs/14_submit.ipynb #2844a2e5
+def keep_labels(
+    submission:pd.DataFrame, # id, PredictionString
+    labels:tuple[str,...], # labels to keep
+    spec=None, # CompSpec, for the grammar; None: guess
+)->pd.DataFrame: # the same rows; predictions of other labels are gone
+    "A submission of some of the labels, with nothing in place of the others."
+    grammar = spec.grammar if spec else infer_grammar(submission)
+    if "label" not in grammar: raise ValueError(f"keep_labels: predictions in this competition ({' '.join(grammar)}) have no labels to choose from")
+    at, width, known = grammar.index("label"), len(grammar), set()
+    def kept(text):
+        words = str(text).split()
+        known.update(words[at::width])
+        return " ".join(w for i in range(0, len(words), width) for w in words[i:i+width] if words[i+at] in labels)
+    column = submission.columns[1]
+    out = submission.assign(**{column: submission[column].fillna("").map(kept)})
+    if strange := [x for x in labels if x not in known]: raise ValueError(f"keep_labels: no prediction is labelled {strange[0]!r}; labels are {', '.join(sorted(known))}")
+    return out
+
+# %% ../nbs/14_submit.ipynb #3c928854
+def record_submission(
+    path:str|Path, # CSV file, one line a submission
+    name:str, # of the submission
+    expected:float, # its score out of fold
+    public:float|None=None, # its score on the leaderboard, when known; the same name again fills it in
+    note:str="",
+)->pd.DataFrame: # all lines: name, expected, public, note
+    "Remember what was expected of a submission and what it got."
+    path = Path(path)
+    rows = pd.read_csv(path, keep_default_na=True, dtype={"name": str, "note": str}) if path.is_file() else pd.DataFrame(columns=["name", "expected", "public", "note"])
+    line = pd.DataFrame([(name, float(expected), np.nan if public is None else float(public), note)], columns=["name", "expected", "public", "note"])
+    rows = pd.concat([rows[rows["name"] != name], line], ignore_index=True) if len(rows) else line
+    part = path.with_name(f".{path.name}.part")
+    rows.to_csv(part, index=False)
+    os.replace(part, path)
+    return rows
+
+
+def submission_gaps(
+    rows:pd.DataFrame, # from `record_submission`
+    far:float=4., # a gap this many times further from the median than half of all are, is odd
+)->pd.DataFrame: # name, expected, public, note, gap, odd
+    "Leaderboard minus expectation of each submission, and which gaps are unlike the others."
+    gap = rows["public"]-rows["expected"]
+    off = (gap-gap.median()).abs()
+    return rows.assign(gap=gap, odd=(off > far*max(off.median(), .002)) & (gap.notna().sum() > 3))

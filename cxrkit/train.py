@@ -139,7 +139,7 @@ def score_weights(loop:Loop, valid_set, evaluate)->dict:
 def save_best(loop:Loop, out:Path, note:dict|None)->None:
     "Write the weights with what is needed to use and to judge them."
     row, world = loop.log[-1], loop.accelerator.num_processes
-    versions = {name: version(name) for name in ('torch','timm','effdet','accelerate') if name in sys.modules}
+    versions = {name: version(name) for name in ('torch','timm','effdet','accelerate')}
     scores = {k:v for k,v in row.items() if k not in ('epoch','lr','train_loss','seconds')}
     save_weights(loop.ema.module if loop.ema else loop.task, out/'model.safetensors',
                  {**(note or {}), 'epoch':row['epoch'], 'metric':loop.config.metric, 'score':row[loop.config.metric], 'scores':scores,

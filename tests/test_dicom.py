@@ -389,3 +389,27 @@ def test_boxes_go_into_crops_and_back(seed):
     np.testing.assert_allclose(back[["x1", "y1", "x2", "y2"]], boxes[["x1", "y1", "x2", "y2"]], atol=1e-4)
     outside = boxes.assign(x1=-50., x2=-20.)
     assert boxes_to_crop(outside, crops).empty and boxes_to_crop(boxes[:0], crops).empty
+
+
+def test_oblong_pixels_are_kept_and_mentioned(tmp_path):
+    path = write_dicom(tmp_path/"a.dcm", phantom(), "j2k", 12, {"PixelSpacing": [.2, .1]})
+    images, report = read_radiographs(path, [None], Policy())
+    assert images[0].shape == (61, 83) and report.notes == ("pixels are 2 times as high as wide; kept as stored",)
+
+
+def test_palettes_and_wide_pixels_are_refused_by_name(tmp_path):
+    path = write_dicom(tmp_path/"a.dcm", phantom(), "explicit", 12, {"PhotometricInterpretation": "PALETTE COLOR"})
+    with pytest.raises(UnreadableImage, match="expected MONOCHROME1 or MONOCHROME2 .* got PALETTE COLOR"): read_radiograph(path)
+    path = write_dicom(tmp_path/"b.dcm", phantom(), "explicit", 12, {"BitsAllocated": 32})
+    with pytest.raises(UnreadableImage, match="BitsAllocated: expected 8 or 16, got 32"): read_radiograph(path)
+
+
+def test_clahe_is_opencvs(tmp_path):
+    path = write_dicom(tmp_path/"a.dcm", phantom(), "explicit", 12)
+    plain = read_radiograph(path, 64)
+    np.testing.assert_array_equal(read_radiograph(path, 64, Policy(clahe=3.)), cv2.createCLAHE(3., (8, 8)).apply(plain))
+
+
+@pytest.mark.parametrize("bad", [dict(scaling="min-max"), dict(low=99., high=1.), dict(clahe=-1.), dict(detail="draft")])
+def test_policies_without_a_meaning_are_refused(bad):
+    with pytest.raises(ValueError, match="expected"): Policy(**bad)

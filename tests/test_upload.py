@@ -43,7 +43,7 @@ def kaggle():
 
 @pytest.fixture
 def client(kaggle, tmp_path) -> Client:
-    return Client(kaggle.environment(tmp_path/"home"), say=lambda text: None, pause=.05, grace=.5, patience=60.)
+    return Client(kaggle.environment(tmp_path/"home"), say=lambda text: None, pause=.05, grace=.5, patience=900.)
 
 
 def exists(kaggle: KaggleServer) -> Dataset:
