@@ -78,7 +78,8 @@ def reserve_map(
             np.lib.format.write_array_header_1_0(f, header)
             if f.tell() != HEADER: raise RuntimeError(f"the header of {path.name} takes {f.tell()} bytes, expected {HEADER}")
             f.flush()
-            os.posix_fallocate(f.fileno(), 0, HEADER+int(np.prod(shape)))
+            n = HEADER+int(np.prod(shape))
+            os.posix_fallocate(f.fileno(), 0, n) if hasattr(os, "posix_fallocate") else f.truncate(n)
         os.replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
