@@ -32,7 +32,7 @@ hooks: $(STAMP) ## Install the git hooks that keep notebooks clean (once per clo
 	$(BIN)/nbdev_install_hooks
 	$(BIN)/pre-commit install
 
-demo: $(STAMP) ## Toy competition: files, cache, folds, 2 × 3 models, blend, submission, scores (about ten minutes)
+demo: $(STAMP) ## Toy competition: files, cache, folds, 2 × 3 models, blend, submission, scores
 	$(BIN)/cxrkit toy data/toy --patients $(PATIENTS) --seed 0
 	$(BIN)/cxrkit sweep $(SWEEP)
 	$(BIN)/cxrkit runs --comp toy
