@@ -7,7 +7,6 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 import pytest
 
-for part in ("dicom", "folds", "models", "package", "runs", "scores", "train"): pytest.register_assert_rewrite(f"guards.test_guards_{part}")
 
 ROOT = Path(__file__).resolve().parents[1]
 REALDATA = ROOT.parent/"shared"/"realdata"
