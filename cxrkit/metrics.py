@@ -317,7 +317,9 @@ def _pooled_map(spec, labels, boxes, cls_preds, box_preds, coverage=None, images
     if spec.box_labels:
         empty = pd.DataFrame({c: [] for c in ["image_id", "label", "score", *_SIDES]}).astype({c: float for c in ["score", *_SIDES]})
         table = average_precision(boxes, empty if box_preds is None else box_preds, iou, coverage).set_index("label")
-        rows += [("box", n, *table.loc[n]) if n in table.index else ("box", n, 0., 0, 0) for n in spec.box_labels]
+        for n in spec.box_labels:
+            ap, n_truth, n_preds = table.loc[n] if n in table.index else (0., 0, 0)
+            rows.append(("box", n, ap, int(n_truth), int(n_preds)))
     return pd.DataFrame(rows, columns=["level", "label", "value", "n_truth", "n_preds"])
 
 # %% ../nbs/12_metrics.ipynb #005a4db3

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MEMORY_GB', 'OUTPUT_GB', 'Scene', 'all_scenes', 'quick_scenes', 'Packages', 'dataset_name', 'pack_code',
-           'gather_packages', 'Stage', 'mounts', 'run_scene', 'last_error', 'check_result', 'check_late', 'judge_scene',
-           'with_clock', 'extrapolate', 'write_report', 'probe_network', 'set_stage', 'rehearse', 'read_mark',
-           'tell_scene']
+           'find_wheels', 'count_upgrades', 'gather_packages', 'Stage', 'mounts', 'run_scene', 'last_error',
+           'check_result', 'check_late', 'judge_scene', 'with_clock', 'extrapolate', 'write_report', 'probe_network',
+           'set_stage', 'rehearse', 'read_mark', 'tell_scene']
 
 # %% ../nbs/38_rehearse.ipynb #44e0b9f1
 import json, shutil, time
@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pandas as pd
+from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from .answers import list_test, read_sample
 from .environment import ask_python, differences, make_environment, rehearsal_wheels
@@ -28,7 +29,7 @@ from .provenance import flow_notebook, project_root
 from .sandbox import Outcome, Sandbox, namespace_command, run_in
 from .spec import CompSpec, load_spec
 from .submit import check_submission
-from .wheels import submission_requirements
+from .wheels import WheelError, package_wheels, submission_requirements
 
 # %% ../nbs/38_rehearse.ipynb #0b7dc53a
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Packages:
     names: dict[str,str] # kind → 'owner/slug'
     notes: tuple[str,...] # what a reader of the report should know
     ship: frozenset # packages that come out of the wheels
+    upgrades: dict[str,str] = field(default_factory=dict) # image → how many of its packages the wheels would change
 
 # %% ../nbs/38_rehearse.ipynb #fbe066a5
 def dataset_name(
@@ -97,7 +99,38 @@ def pack_code(
         return [f"the code is rehearsed as it is, but could not be uploaded like this: {error}"]
     return []
 
-# %% ../nbs/38_rehearse.ipynb #b6149bb9
+# %% ../nbs/38_rehearse.ipynb #712e9d7c
+def find_wheels(
+    root:Path, # project
+    out:Path, # folder for what is packed here
+    fetch:bool, # download those of the locks where none are packaged
+)->tuple[Path|None,list[str]]: # wheels dataset; notes
+    "The wheels dataset of the project, or one like it."
+    home = root/"kaggle_datasets"/"wheels"
+    try: return (home if verify_package(home, "wheels") else None), []
+    except (ManifestError, OSError): pass
+    locked = [p.stem.removeprefix("lock-") for p in sorted(home.glob("lock-*.txt"))]
+    try:
+        if not (fetch and locked): raise WheelError("cxrkit package wheels has not been run")
+        package_wheels(locked, out/"fetched", locked=True, root=root)
+        return out/"fetched", [f"no wheels dataset has been packaged; those of {', '.join(f'lock-{n}.txt' for n in locked)} were fetched"]
+    except (WheelError, PackageError) as error: return None, [f"the wheels are made from packages installed here: {error}"]
+
+
+def count_upgrades(
+    wheels:Path|None, # a wheels dataset
+    sheets:Path, # folder of the fact sheets
+)->dict[str,str]: # image → what its wheels do to it
+    "How many packages of each image the wheels would change."
+    told = {}
+    for name, entry in (read_manifest(wheels, "wheels")["images"] if wheels else {}).items():
+        if not (sheets/f"image-{name}.txt").is_file(): continue
+        image, names = choose_image(name, sheets), [canonicalize_name(parse_wheel_filename(w)[0]) for w in entry["wheels"]]
+        changed = [n for n in names if n in image.packages]
+        told[f"wheels for {name}"] = f"{len(names)} ({', '.join(names)}), {len(changed)} packages of the image upgraded{': '+', '.join(changed) if changed else ''}"
+    return told
+
+# %% ../nbs/38_rehearse.ipynb #75ea117a
 def gather_packages(
     comp:str, # competition
     image:Image, # the machine at the other end
@@ -106,6 +139,7 @@ def gather_packages(
     python:str, # interpreter whose packages are lent
     packed:bool=False, # take the datasets in kaggle_datasets as they are
     blend:str="", # name of a blend; '' for the newest
+    fetch:bool=False, # download the wheels of the locks where none are packaged
 )->Packages:
     "The three datasets, packed afresh or as they are."
     home, notes, folders = root/"kaggle_datasets", [], {}
@@ -114,14 +148,12 @@ def gather_packages(
     else:
         notes += pack_code(root, folders["code"])
         package_models(comp, blend=blend, out=folders["models"], root=root)
-    try: wheels = home/"wheels" if read_manifest(home/"wheels", "wheels") else None
-    except (ManifestError, OSError): wheels = None
-    if wheels is None: notes.append("no wheels dataset has been packaged (cxrkit package wheels): the wheels are made from packages installed here")
+    wheels, more = find_wheels(root, out, fetch)
     folders["wheels"], names, again = rehearsal_wheels(wheels, image, submission_requirements(root), out/"wheels", python)
-    if wheels and folders["wheels"] != wheels: notes.append(f"the wheels are for another Python than the one here; {', '.join(again) or 'none'} had to be packed again from what is installed")
-    return Packages(folders, {k: dataset_name(home/k, k) for k in KINDS}, tuple(notes), frozenset(names))
+    if wheels and folders["wheels"] != wheels: more.append(f"the wheels are for another Python than the one here; {', '.join(again) or 'none'} had to be packed again from what is installed")
+    return Packages(folders, {k: dataset_name(home/k, k) for k in KINDS}, tuple(notes+more), frozenset(names), count_upgrades(wheels, home/"wheels"))
 
-# %% ../nbs/38_rehearse.ipynb #75ea117a
+# %% ../nbs/38_rehearse.ipynb #c5c71844
 @dataclass(frozen=True)
 class Stage:
     "What all scenes of a rehearsal share."
@@ -135,7 +167,7 @@ class Stage:
     unshare: tuple[str,...] # of `namespace_command`
     hours: float = 9. # Kaggle's limit
 
-# %% ../nbs/38_rehearse.ipynb #a2018980
+# %% ../nbs/38_rehearse.ipynb #8e970e98
 def mounts(
     stage:Stage, # of the rehearsal
     scene:Scene, # what is to be run
@@ -149,7 +181,7 @@ def mounts(
         if kind != scene.without: found[f"datasets/{owner}/{name}" if scene.layout == "new" else name] = str(folder)
     return found
 
-# %% ../nbs/38_rehearse.ipynb #e79a6e49
+# %% ../nbs/38_rehearse.ipynb #04875f6e
 def run_scene(
     stage:Stage, # of the rehearsal
     scene:Scene, # what is to be run
@@ -168,7 +200,7 @@ def run_scene(
     shutil.rmtree(tests.root)
     return tests, sample, outcome, folder/"working"
 
-# %% ../nbs/38_rehearse.ipynb #f34f19fe
+# %% ../nbs/38_rehearse.ipynb #c3c5b5b7
 def last_error(
     text:str, # what papermill printed
 )->str: # one line
@@ -177,7 +209,7 @@ def last_error(
     named = [line for line in lines if line.split(":")[0].split(".")[-1].endswith(("Error", "Exception", "NotReady")) and ":" in line]
     return (named or lines or ["no output"])[-1][:400]
 
-# %% ../nbs/38_rehearse.ipynb #8e970e98
+# %% ../nbs/38_rehearse.ipynb #95f5ba03
 def check_result(
     scene:Scene, # what was run
     stage:Stage, # of the rehearsal
@@ -200,7 +232,7 @@ def check_result(
     if tests.missing: checks.append(("ids without a file kept their default", facts["rows"]["image"]["default"] >= tests.missing, f"{facts['rows']}"))
     return checks
 
-# %% ../nbs/38_rehearse.ipynb #04875f6e
+# %% ../nbs/38_rehearse.ipynb #7baf2d5e
 def check_late(
     facts:dict, # submit.json
     stage:Stage, # of the rehearsal
@@ -211,7 +243,7 @@ def check_late(
     gave_up = facts["too_late"] > 0 or any(level != "everything" for level in facts["levels"])
     return [("gave something up", gave_up, f"{facts['levels']}, {facts['too_late']} images too late"), ("ended in time", facts["total_seconds"] <= limit, f"{facts['total_seconds']:.0f} of {limit:.0f} s")]
 
-# %% ../nbs/38_rehearse.ipynb #e0fd9503
+# %% ../nbs/38_rehearse.ipynb #17704b69
 MEMORY_GB, OUTPUT_GB = 29., 20. # Kaggle's, with two T4; 30 GB on a CPU
 
 
@@ -233,7 +265,7 @@ def judge_scene(
     return row | dict(rate=facts.get("images_per_second"), start=facts.get("total_seconds", 0)-facts.get("seconds", 0) if facts else None, output_mb=round(output*1024, 2), predicted=facts.get("predicted"),
                       passed=all(ok for _, ok, _ in checks), checks=checks)
 
-# %% ../nbs/38_rehearse.ipynb #95f5ba03
+# %% ../nbs/38_rehearse.ipynb #614e38ed
 def with_clock(
     scene:Scene, # perhaps one with too little time
     rows:list[dict], # of the scenes before
@@ -246,7 +278,7 @@ def with_clock(
     best = max(known, key=lambda r: r["images"])
     return replace(scene, params=scene.params | {"hours": (best["start"]+scene.short*n/best["rate"])/.95/3600})
 
-# %% ../nbs/38_rehearse.ipynb #7baf2d5e
+# %% ../nbs/38_rehearse.ipynb #4243d3ea
 def extrapolate(
     rows:list[dict], # of all scenes
     hidden:int, # images of the hidden set, expected
@@ -258,7 +290,7 @@ def extrapolate(
     best = max(known, key=lambda r: r["predicted"])
     return 1/best["rate"], (best["start"]+hidden/best["rate"]/faster)/3600
 
-# %% ../nbs/38_rehearse.ipynb #614e38ed
+# %% ../nbs/38_rehearse.ipynb #74c4cabd
 def write_report(
     out:Path, # folder of the rehearsal
     facts:dict[str,str], # what → value: about the whole
@@ -277,7 +309,7 @@ def write_report(
     short.to_csv(out/"report.csv", index=False)
     return out/"report.md"
 
-# %% ../nbs/38_rehearse.ipynb #47d09d50
+# %% ../nbs/38_rehearse.ipynb #3c928854
 def probe_network(
     stage:Stage, # of the rehearsal
 )->str: # how it is blocked, in words
@@ -287,7 +319,7 @@ def probe_network(
     if not ("unreachable" in outcome.text or "blocked by the rehearsal" in outcome.text): raise RuntimeError(f"the network is not blocked in the sandbox (it said: {outcome.text.strip()[-200:] or 'nothing'}); a rehearsal here would prove nothing")
     return {"kernel": "by the kernel (own network namespace), inputs mounted read-only under /kaggle", "sockets": "in Python's sockets only (namespaces are not permitted here), inputs linked, not read-only"}[outcome.blocked]
 
-# %% ../nbs/38_rehearse.ipynb #2844a2e5
+# %% ../nbs/38_rehearse.ipynb #6e7ccd54
 def set_stage(
     comp:str, # competition
     image:Image, # the machine at the other end
@@ -297,15 +329,16 @@ def set_stage(
     packed:bool=False, # take the datasets in kaggle_datasets as they are
     blend:str="", # name of a blend
     hours:float=9., # Kaggle's limit
+    fetch:bool=False, # download the wheels of the locks where none are packaged
 )->tuple[Stage,pd.DataFrame]: # what all scenes share; where it is not the image
     "Pack the datasets, make the environment."
     spec = load_spec(comp)
-    packages = gather_packages(comp, image, root, out/"packages"/"datasets", python, packed, blend)
+    packages = gather_packages(comp, image, root, out/"packages"/"datasets", python, packed, blend, fetch)
     interpreter, names = make_environment(image, out/"venv", set(packages.ship), python)
     stage = Stage(spec, root/"data"/comp, packages, interpreter, ask_python(python)["site"], flow_notebook("50_submit", root), out, namespace_command(), hours)
     return stage, differences(image, names, submission_requirements(root), python)
 
-# %% ../nbs/38_rehearse.ipynb #74c4cabd
+# %% ../nbs/38_rehearse.ipynb #917c4f79
 def rehearse(
     comp:str, # competition
     image:str|None=None, # fact sheet; None: a probe's, or else the newest Python's
@@ -325,7 +358,7 @@ def rehearse(
     root, start = Path(root or project_root()).resolve(), time.monotonic()
     out = root/"runs"/"rehearsal"/datetime.now().strftime("%Y%m%d-%H%M%S")
     sheet, rows = choose_image(image, root/"kaggle_datasets"/"wheels"), []
-    stage, table = set_stage(comp, sheet, out, root, python, packed, blend, hours)
+    stage, table = set_stage(comp, sheet, out, root, python, packed, blend, hours, not quick)
     blocked, public = probe_network(stage), len(list_test(stage.data, stage.spec))
     say(f"like {sheet.name}, with Python {ask_python(stage.python)['version']}; {len(table)} differences; network blocked {blocked}; {public} public images")
     for scene in quick_scenes(public) if quick else all_scenes(public, times, mutants):
@@ -334,14 +367,14 @@ def rehearse(
     for folder in stage.packages.folders.values(): verify_package(folder)
     pace, expected = extrapolate(rows, hidden or 10*public, faster)
     fits = expected <= hours
-    facts = {"competition": comp, "image": sheet.name, "network": f"blocked {blocked}", **{k: f"{stage.packages.names[k]} {read_mark(f)[:12]}" for k, f in stage.packages.folders.items()},
+    facts = {"competition": comp, "image": sheet.name, "network": f"blocked {blocked}", **{k: f"{stage.packages.names[k]} {read_mark(f)[:12]}" for k, f in stage.packages.folders.items()}, **stage.packages.upgrades,
              "an image takes": f"{pace:.3f} s here", f"{hidden or 10*public:,} hidden images": f"{expected:.2f} h expected of {hours:g} h: {'fits' if fits else '**DOES NOT FIT**: views and models would be given up'}",
              "peak memory": f"{max(r['memory_gb'] for r in rows):.2f} GB of {MEMORY_GB:.0f} GB", "rehearsed in": f"{(time.monotonic()-start)/60:.1f} min"}
     rows.append(dict.fromkeys(rows[-1]) | dict(scene="time for the hidden set", images=hidden or 10*public, seconds=round(3600*expected, 1), passed=fits, checks=[("fits the limit", fits, f"{expected:.2f} of {hours:g} h")]))
-    shutil.rmtree(out/"venv")
+    for name in ("venv", "probe", *(["packages"] if all(r["passed"] for r in rows) else [])): shutil.rmtree(out/name, ignore_errors=True)
     return rows, write_report(out, facts, rows, table, stage.packages.notes)
 
-# %% ../nbs/38_rehearse.ipynb #62e83953
+# %% ../nbs/38_rehearse.ipynb #62a9baa6
 def read_mark(
     folder:Path, # a packed dataset
 )->str: # its fingerprint

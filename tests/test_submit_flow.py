@@ -26,14 +26,14 @@ def scene(name, **kw):
 
 def run(stage, scene_):
     from cxrkit.rehearse import run_scene
-    return run_scene(stage, scene_, 300)
+    return run_scene(stage, scene_, 3600)
 
 
 # ---- in the sandbox
 
 def test_scored_run_on_unseen_broken_and_missing_files(stage):
     from cxrkit.rehearse import judge_scene
-    row = judge_scene(stage, scene("odd", n=14, seed=1, damage=("j2k", "monochrome1", "cut", "text", "huge", "mutated"), grow=2), 300)
+    row = judge_scene(stage, scene("odd", n=14, seed=1, damage=("j2k", "monochrome1", "cut", "text", "huge", "mutated"), grow=2), 3600)
     assert row["passed"], row["checks"]
     assert row["predicted"] >= 10 and 0 < row["memory_gb"] < 29 and row["network"] in ("kernel", "sockets")
     facts = json.loads((stage.out/"odd"/"working"/"submit.json").read_text())
@@ -45,7 +45,7 @@ def test_scored_run_on_unseen_broken_and_missing_files(stage):
 @pytest.mark.slow
 def test_saved_version_predicts_a_few_in_the_old_layout(stage):
     from cxrkit.rehearse import judge_scene
-    row = judge_scene(stage, scene("saved", layout="old", n=40, seed=2, rerun=False), 300)
+    row = judge_scene(stage, scene("saved", layout="old", n=40, seed=2, rerun=False), 3600)
     assert row["passed"], row["checks"]
     assert row["predicted"] == 32 and json.loads((stage.out/"saved"/"working"/"submit.json").read_text())["mode"] == "quick"
 
@@ -53,15 +53,15 @@ def test_saved_version_predicts_a_few_in_the_old_layout(stage):
 @pytest.mark.slow
 def test_too_little_time_gives_up_views_and_still_answers_everything(stage):
     from cxrkit.rehearse import judge_scene, with_clock
-    first = judge_scene(stage, scene("measure", n=30, seed=3), 300) | dict(short=0, mutants=0)
-    row = judge_scene(stage, with_clock(scene("late", n=60, seed=4, short=.4, params={"batch_size": 4, "chunk_size": 4}), [first], 60), 300)
+    first = judge_scene(stage, scene("measure", n=30, seed=3), 3600) | dict(short=0, mutants=0)
+    row = judge_scene(stage, with_clock(scene("late", n=60, seed=4, short=.4, params={"batch_size": 4, "chunk_size": 4}), [first], 60), 3600)
     assert row["passed"], row["checks"]
 
 
 @pytest.mark.slow
 def test_five_hundred_mutated_files(stage):
     from cxrkit.rehearse import judge_scene
-    row = judge_scene(stage, scene("mutants", n=500, seed=5, damage=("mutated",)*500), 900)
+    row = judge_scene(stage, scene("mutants", n=500, seed=5, damage=("mutated",)*500), 7200)
     assert row["passed"] and row["memory_gb"] < 4, row["checks"]
 
 

@@ -103,7 +103,7 @@ def test_guard_11_skip_threshold_and_fusion_of_a_single_model():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         full = fuse_boxes(preds, "wbf", .5) # the default skips nothing
-    assert pooled(skipped, truth) < .9*pooled(full, truth)
+    assert pooled(skipped, truth) < pooled(full, truth)-.04
     counts = count_boxes(preds, skipped)
     assert counts.n_in.sum() == 240 and counts.n_out.sum() < count_boxes(preds, full).n_out.sum()
 
@@ -194,7 +194,7 @@ def test_guard_45_a_rule_is_adopted_only_if_it_helps_other_patients():
     result = tune_blend(oof, spec, {"scale": [1., .5, 2.], "skip": [0., .43]}, start, n_parts=3, progress=False)
     assert result.recipe == start and "nothing tried here is better than the start" in result.verdict
     effects = result.effects.set_index(["field", "value"]).difference
-    assert effects["scale", .5] < -.1 and effects["skip", .43] < -.1
+    assert effects["scale", .5] < -.1 and effects["skip", .43] < -.04
 
 
 def test_external_boxes_of_a_resized_image_are_refused():
