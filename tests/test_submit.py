@@ -74,7 +74,7 @@ def test_rsna_boxes_are_corner_and_size():
 
 def test_a_good_file_is_described():
     report = check_submission(GOOD, SAMPLE, SIIM, IMAGES)
-    assert report.to_dict() == {"rows": 3, "empty_rows": 0, "predictions": 5, "negative": 1, "none": 2, "opacity": 1, "typical": 1}
+    assert report.to_dict() == {"at_border": 0, "rows": 3, "empty_rows": 0, "predictions": 5, "negative": 1, "none": 2, "opacity": 1, "typical": 1}
 
 
 def test_order_of_ids_does_not_matter():
