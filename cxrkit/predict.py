@@ -141,7 +141,7 @@ def clip_to_images(
 )->pd.DataFrame: # boxes within their images; those without area dropped
     "Cut boxes off at the border of their own original."
     corners = np.clip(rows[BOX].to_numpy(float).reshape(-1, 4), 0, image_shapes(rows, images)).astype(np.float32)
-    whole = (corners[:, 2] > corners[:, 0]) & (corners[:, 3] > corners[:, 1])
+    whole = (corners[:, 2] > corners[:, 0]+.5) & (corners[:, 3] > corners[:, 1]+.5)
     return rows.assign(**dict(zip(BOX, corners.T)))[whole].reset_index(drop=True)
 
 def to_original(
