@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from .datasets import Normalize, as_size
-from .modes import evaluating
+from .modes import choose_norm, evaluating, use_group_norm
 from .vision_ops import ensure_torchvision
 from .weights import bare_key, bare_state, load_meta, load_state, load_weights, read_state
 
@@ -38,6 +38,7 @@ class ClassifierConfig:
     in_chans:int=3 # channels of the network's input: 3, or 1 to sum the first layer's filters
     mean:tuple[float,...]=(.449,) # of images scaled to 0…1
     std:tuple[float,...]=(.226,) # likewise
+    norm:str="auto" # 'batch' or 'group' normalisation; 'auto': group for random weights, batch for published ones
     dropout:float=0. # before the last layer, 0…1
     drop_path:float=0. # stochastic depth, 0…1; not every backbone has it
     label_smoothing:float=0. # 0…1
@@ -47,6 +48,7 @@ class ClassifierConfig:
     def __post_init__(self):
         for name, value in (("size", as_size(self.size)), *((n, tuple(getattr(self, n))) for n in ("labels", "mean", "std"))):
             object.__setattr__(self, name, value)
+        object.__setattr__(self, "norm", choose_norm(self.norm, self.pretrained))
         if self.head not in HEADS: raise ValueError(f"head: expected one of {', '.join(HEADS)}, got {self.head!r}")
         if not self.labels or len(set(self.labels)) < len(self.labels): raise ValueError(f"labels: expected distinct names, got {self.labels}")
         if self.head == "multiclass" and len(self.labels) < 2: raise ValueError(f"head: 'multiclass' needs two labels or more, got {self.labels}; use head='binary'")
@@ -135,6 +137,7 @@ def make_net(
     make = lambda pretrained: timm.create_model(config.backbone, pretrained=pretrained, num_classes=len(config.labels), in_chans=config.in_chans, drop_rate=config.dropout, **depth, **size)
     if config.pretrained != "hub":
         net = make(False)
+        if config.norm == "group": use_group_norm(net)
         return net, load_pretrained(net, config.pretrained) if config.pretrained else "random weights"
     try: return make(True), "ImageNet weights from the hub, last layer random"
     except Exception as error:

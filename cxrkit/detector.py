@@ -19,7 +19,7 @@ import torch
 
 from .classifier import announce, as_names, first_conv_to
 from .datasets import Normalize, as_size
-from .modes import evaluating, set_momentum
+from .modes import choose_norm, evaluating, set_momentum, use_group_norm
 from .vision_ops import ensure_torchvision
 from .weights import bare_state, load_meta, load_state, load_weights, read_state
 
@@ -111,6 +111,7 @@ class DetectorConfig:
     in_chans:int=3 # channels of the network's input: 3, or 1 to sum the first layer's filters
     mean:tuple[float,...]=(.449,) # of images scaled to 0…1
     std:tuple[float,...]=(.226,) # likewise
+    norm:str="auto" # 'batch' or 'group' normalisation; 'auto': group for random weights, batch for published ones
     bn_momentum:float=.1 # of all batch normalisations; effdet's own .01 is for long trainings only
     drop_path:float=.0 # stochastic depth of the backbone, 0…1
     max_detections:int=100 # boxes an image, most
@@ -125,6 +126,7 @@ class DetectorConfig:
             object.__setattr__(self, name, value)
         if not self.labels or len(set(self.labels)) < len(self.labels): raise ValueError(f"labels: expected distinct names, got {self.labels}")
         if self.in_chans not in (1, 3): raise ValueError(f"in_chans: expected 1 or 3, got {self.in_chans}")
+        object.__setattr__(self, "norm", choose_norm(self.norm, self.pretrained))
         if not 0 < self.bn_momentum <= 1: raise ValueError(f"bn_momentum: expected above 0, at most 1, got {self.bn_momentum}")
 
 # %% ../nbs/22_detector.ipynb #e79a6e49
@@ -200,6 +202,7 @@ def make_detector_net(
     "The network of a detector, with the weights that its configuration asks for."
     check_effdet_layout()
     net = effdet.EfficientDet(effdet_config(config), pretrained_backbone=False)
+    if config.norm == "group": use_group_norm(net)
     set_momentum(net, config.bn_momentum)
     if not config.pretrained: return net, "random weights"
     if config.pretrained == "hub": return net, load_hub_detector(net, config.backbone)

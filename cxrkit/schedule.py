@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'check_train_config', 'seed_all', 'make_scheduler', 'scaled_lr', 'lr_curve', 'check_lr', 'history',
-           'check_finite', 'check_start', 'warn_zero']
+           'check_finite', 'check_start', 'check_score', 'progress_bar', 'warn_zero']
 
 # %% ../nbs/22_schedule.ipynb #44e0b9f1
-import math, os, random, warnings
+import math, os, random, sys, warnings
 from dataclasses import dataclass
 import numpy as np, torch
 from .metrics import get_metric
@@ -31,7 +31,7 @@ class TrainConfig:
     patience: int = 2 # plateau: evaluations without a new best before lr is multiplied
     plateau_decay: float = .3 # plateau: by this
     evaluate_every: int = 1 # epochs between evaluations; the last epoch always has one
-    refresh_batches: int = 20 # before an evaluation the averages of batch normalisation are taken anew over so many training batches; 0: left as they are
+    refresh_batches: int = 10 # before an evaluation the averages of batch normalisation are taken anew over so many training batches (of 16 images at least); 0: left as they are
     early_stop: int = 0 # stop after so many evaluations without a new best; 0: never
     clip_norm: float = 10. # largest norm of the gradient; 0: unclipped
     ema_decay: float = .99 # moving average of the weights, used for validation and saved; 0: none
@@ -127,7 +127,27 @@ def check_start(config:TrainConfig, score:float)->None:
         raise ValueError(f"{name} is {score:.3f} before any training, beyond start_limit={limit}: these weights have seen the validation images. "
                          "Build a new task for each fold; if you continue from trained weights on purpose, set start_limit=None")
 
-# %% ../nbs/22_schedule.ipynb #4243d3ea
+# %% ../nbs/22_schedule.ipynb #562ae44c
+def check_score(
+    scores:dict, # what evaluate(task) returned
+    metric:str, # the one that decides
+)->None:
+    "Refuse scores without the one that decides, or in which it is not a number."
+    if metric not in scores: raise ValueError(f"evaluate(task) returned {', '.join(scores)}; expected {metric!r} among them, which config.metric names")
+    if not math.isfinite(scores[metric]): raise ValueError(f"evaluate(task) returned {metric}={scores[metric]}; expected a number")
+
+
+def progress_bar(
+    epochs:int, # of the whole training
+    steps:int, # an epoch
+    done:int, # epochs done before a resume
+):
+    "A bar over all steps; silent where nobody watches (papermill, sweeps, CI)."
+    from tqdm.auto import tqdm
+    watched = sys.stderr.isatty() or 'JPY_SESSION_NAME' in os.environ
+    return tqdm(total=epochs*steps, initial=done*steps, disable=not watched, leave=False)
+
+# %% ../nbs/22_schedule.ipynb #47d09d50
 def warn_zero(config:TrainConfig, scores:list[float])->None:
     "Alarm: a score of exactly 0 throughout is a swap of coordinates or labels, not a weak network."
     if scores and get_metric(config.metric).direction=='max' and max(scores)==0:
