@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SWEEP ?= sweeps/demo.yaml
-PATIENTS ?= 128
+PATIENTS ?= 256
 
 # One thread a process: two processes with two threads each stall one another on two cores.
 export OMP_NUM_THREADS ?= 1

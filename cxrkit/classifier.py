@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 
 from .datasets import Normalize, as_size
-from .modes import choose_norm, evaluating, use_group_norm
+from .modes import evaluating, use_group_norm
 from .vision_ops import ensure_torchvision
-from .weights import bare_key, bare_state, load_meta, load_state, load_weights, read_state
+from .weights import choose_norm, bare_key, bare_state, load_meta, load_state, load_weights, read_state
 
 ensure_torchvision() # before timm, which imports torchvision
 import timm
@@ -38,7 +38,7 @@ class ClassifierConfig:
     in_chans:int=3 # channels of the network's input: 3, or 1 to sum the first layer's filters
     mean:tuple[float,...]=(.449,) # of images scaled to 0…1
     std:tuple[float,...]=(.226,) # likewise
-    norm:str="auto" # 'batch' or 'group' normalisation; 'auto': group for random weights, batch for published ones
+    norm:str="batch" # 'batch' or 'group' normalisation
     dropout:float=0. # before the last layer, 0…1
     drop_path:float=0. # stochastic depth, 0…1; not every backbone has it
     label_smoothing:float=0. # 0…1

@@ -19,9 +19,9 @@ import torch
 
 from .classifier import announce, as_names, first_conv_to
 from .datasets import Normalize, as_size
-from .modes import choose_norm, evaluating, set_momentum, use_group_norm
+from .modes import evaluating, set_momentum, use_group_norm
 from .vision_ops import ensure_torchvision
-from .weights import bare_state, load_meta, load_state, load_weights, read_state
+from .weights import choose_norm, bare_state, load_meta, load_state, load_weights, read_state
 
 ensure_torchvision() # before timm and effdet, which import torchvision
 import effdet
@@ -111,7 +111,7 @@ class DetectorConfig:
     in_chans:int=3 # channels of the network's input: 3, or 1 to sum the first layer's filters
     mean:tuple[float,...]=(.449,) # of images scaled to 0…1
     std:tuple[float,...]=(.226,) # likewise
-    norm:str="auto" # 'batch' or 'group' normalisation; 'auto': group for random weights, batch for published ones
+    norm:str="auto" # 'batch' or 'group' normalisation; 'auto': group for random weights, what the file has, or batch for the hub's
     bn_momentum:float=.1 # of all batch normalisations; effdet's own .01 is for long trainings only
     drop_path:float=.0 # stochastic depth of the backbone, 0…1
     max_detections:int=100 # boxes an image, most

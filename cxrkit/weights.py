@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PREFIXES', 'DERIVED', 'CONTAINERS', 'MUST_AGREE', 'bare_key', 'bare_state', 'name_some', 'explain_mismatch',
-           'load_state', 'save_weights', 'file_sha256', 'load_meta', 'read_state', 'check_config', 'load_weights']
+           'load_state', 'save_weights', 'file_sha256', 'load_meta', 'read_state', 'choose_norm', 'check_config',
+           'load_weights']
 
 # %% ../nbs/20_weights.ipynb #6526c3a4
 import difflib, hashlib, json, os, tempfile
@@ -154,8 +155,19 @@ def read_state(
     if not state: raise ValueError(f"weights: {path} holds no tensors by name; expected a state dict, or one under {', '.join(CONTAINERS)}")
     return state
 
-# %% ../nbs/20_weights.ipynb #7baf2d5e
-MUST_AGREE = ("task", "backbone", "size", "labels", "head", "in_chans", "mean", "std") # of a configuration
+# %% ../nbs/20_weights.ipynb #e0fd9503
+def choose_norm(
+    norm:str, # 'batch', 'group' or 'auto'
+    pretrained:str|Path, # '' for random weights, 'hub', or a file
+)->str: # 'batch' or 'group'
+    "Which normalisation weights need: 'auto' is group for random ones, batch for the hub's, and what a file has."
+    if norm not in ("auto", "batch", "group"): raise ValueError(f"norm: expected auto, batch or group, got {norm!r}")
+    if norm != "auto": return norm
+    if not pretrained: return "group"
+    return "batch" if pretrained == "hub" or any(k.endswith("running_mean") for k in read_state(pretrained)) else "group"
+
+# %% ../nbs/20_weights.ipynb #17704b69
+MUST_AGREE = ("task", "backbone", "size", "labels", "head", "in_chans", "norm", "mean", "std") # of a configuration
 
 
 def check_config(
@@ -168,7 +180,7 @@ def check_config(
     differ = [f"{k}: the file was trained with {theirs[k]}, this task has {ours[k]}" for k in MUST_AGREE if k in theirs and k in ours and theirs[k] != ours[k]]
     if differ: raise ValueError(f"{source}: {'; '.join(differ)}. Build the task from the file's own meta, or train again")
 
-# %% ../nbs/20_weights.ipynb #17704b69
+# %% ../nbs/20_weights.ipynb #562ae44c
 def load_weights(
     task:torch.nn.Module, # task with a `config`
     path:str|Path, # file that `save_weights` wrote, or a state dict of the same network by others

@@ -53,7 +53,7 @@ def plan_studies(
     for patient, label in enumerate(deal_classes(rng, patients, 4 if split == "train" else 2)):
         for visit in range(1+(rng.random() < .3)+(rng.random() < .08)):
             if visit and rng.random() < .4: label = str(rng.choice(list(SHARES), p=list(SHARES.values())))
-            rows.append((patient, visit, label, int(rng.choice([1, 2, 3], p=[.90, .08, .02])), bool(rng.random() < .04)))
+            rows.append((patient, visit, label, int(rng.choice([1, 2, 3], p=[.955, .035, .01])), bool(rng.random() < .015)))
     studies = pd.DataFrame(rows, columns=["patient", "visit", "label", "n_images", "faint"])
     ill = studies.index[studies.label.isin(["typical", "indeterminate"])]
     for study, n_images, faint in zip(ill, (1, 2, 1, 3), (False, False, True, False)): studies.loc[study, ["n_images", "faint"]] = [n_images, faint]
