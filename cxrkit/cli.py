@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from .cli_kaggle import examples, register
+from .cli_rehearse import register as register_rehearsal
 
 # %% ../nbs/40_cli.ipynb #62840281
 class Friendly(TyperGroup):
@@ -231,3 +232,4 @@ def check(
 
 # %% ../nbs/40_cli.ipynb #04875f6e
 register(app)
+register_rehearsal(app)
