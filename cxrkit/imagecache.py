@@ -170,9 +170,10 @@ def warm_up()->None:
     "Compile the functions that every file passes through."
     for dtype in (np.uint8, np.uint16):
         raw, tags = np.zeros((4, 6), dtype), GreyTags(8)
-        for size in (None, (2, 3)): apply_table(raw, grey_table(raw, tags, Policy()), size)
+        for pixels in (raw, np.frombuffer(raw.tobytes(), dtype).reshape(4, 6)): # the second is read-only, as pixels are that need no decoding: another type for numba
+            for size in (None, (2, 3)): apply_table(pixels, grey_table(pixels, tags, Policy()), size)
         decode_rows(np.zeros(2, np.uint32), 0, np.zeros(1 << PEEK, np.int32), np.zeros(1 << 16, np.int32), raw, np.int64(0), np.int64(PEEK))
-    unstuff(np.zeros(4, np.uint8), np.zeros(4, np.uint8))
+    for packed in (np.zeros(4, np.uint8), np.frombuffer(b"0000", np.uint8)): unstuff(packed, np.zeros(4, np.uint8))
 
 # %% ../nbs/09_imagecache.ipynb #e79a6e49
 class Cache:

@@ -66,7 +66,7 @@ def quick_scenes(
 )->list[Scene]:
     "The two that find most, in about a minute."
     odd = tuple(k for k in DAMAGE if k != "mutated")
-    return [Scene("unseen ids, broken files, longer sample", "new", max(public, len(odd)+4), 8, odd, grow=2), Scene("no models dataset", "old", without="models")]
+    return [Scene("unseen ids, broken files, longer sample", "new", max(min(public, 24), len(odd)+4), 8, odd, grow=2), Scene("no models dataset", "old", without="models")]
 
 # %% ../nbs/38_rehearse.ipynb #74c8413d
 @dataclass(frozen=True)

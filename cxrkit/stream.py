@@ -14,6 +14,7 @@ from multiprocessing.connection import wait
 
 import numpy as np
 
+from .imagecache import warm_up # called once, before the workers are forked
 from .photometry import Policy, as_policy, as_size
 from .radiograph import read_radiographs
 from .workers import Limits, Lost, Worker, collect, start_nursery, usable_cores

@@ -211,3 +211,25 @@ def test_units_of_ids_that_contain_underscores():
     spec = load_spec("siim_covid19")
     units = sample_units(pd.DataFrame({"id": ["a_b_study", "x_image_image"], "PredictionString": ""}), spec)
     assert units.to_numpy().tolist() == [["study", "a_b"], ["image", "x_image"]]
+
+
+WARM = """
+import sys
+from cxrkit.photometry import Policy
+from cxrkit.stream import decode_file, warm_up
+def compiled():
+    found = {(m, n): f for m, module in list(sys.modules.items()) if m.startswith("cxrkit") for n, f in vars(module).items() if hasattr(f, "nopython_signatures")}
+    return {f"{n} {s}" for (_, n), f in found.items() for s in f.nopython_signatures}
+def run(path):
+    before = compiled()
+    answer = decode_file([(64, 64), (100, 90)], Policy(), path)
+    return answer.reason, len(before), sorted(compiled()-before)
+"""
+
+
+def test_compiling_is_not_the_first_files_time(tmp_path, monkeypatch):
+    "What every file passes through is compiled before a worker is given one: its limit is for the file alone."
+    (tmp_path/"stream_test_warm.py").write_text(WARM)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    paths = [str(write_radiograph(tmp_path/f"{k}.dcm", k, syntax)) for k, syntax in enumerate(("explicit", "jpeg-lossless", "j2k"))]
+    for reason, before, new in in_order("stream_test_warm:run", (), paths, limits=Limits(seconds=600)): assert (reason, before > 2, new) == ("", True, [])
