@@ -14,7 +14,7 @@ PATIENTS ?= 256
 export OMP_NUM_THREADS ?= 1
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: help install demo test sync bench readme clean hooks
+.PHONY: help install demo rehearse test sync bench readme clean hooks
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -32,10 +32,16 @@ hooks: $(STAMP) ## Install the git hooks that keep notebooks clean (once per clo
 	$(BIN)/nbdev_install_hooks
 	$(BIN)/pre-commit install
 
-demo: $(STAMP) ## Toy competition: files, cache, folds, 2 × 3 models, blend, submission, scores
+demo: $(STAMP) ## Toy competition: files, cache, folds, 2 × 3 models, blend, submission, scores, quick rehearsal
 	$(BIN)/cxrkit toy data/toy --patients $(PATIENTS) --seed 0
 	$(BIN)/cxrkit sweep $(SWEEP)
 	$(BIN)/cxrkit runs --comp toy
+	$(BIN)/cxrkit rehearse toy --quick
+	@echo "submission: $$(ls -t runs/toy/50_submit/*/submission.csv | head -1)"
+
+rehearse: $(STAMP) ## After the demo: the submission as Kaggle will run it, in every scene; report in runs/rehearsal/
+	@ls runs/toy/40_blend/*/manifest.json >/dev/null 2>&1 || { echo "nothing to rehearse yet: run make demo first"; exit 1; }
+	$(BIN)/cxrkit rehearse toy
 
 test: $(STAMP) ## Exports in sync, notebooks, pytest with real papermill flows: what CI runs
 	@bash tests/in_sync.sh
