@@ -161,7 +161,7 @@ def name_fused(
 
 # %% ../nbs/13_blend.ipynb #75ea117a
 def _warn_accidents(packed, method, skip, used, n_sources):
-    dropped = int((used & (packed.scores < skip)).sum())
+    dropped = int((used & (packed.scores < skip)).sum()) if skip > 0 else 0
     if dropped > .2*used.sum(): warnings.warn(f"skip={skip} leaves out {dropped} of {used.sum()} boxes before fusing; low-scored boxes carry much of the average precision, try skip=0", stacklevel=4)
     if method in ("wbf", "nmw") and n_sources == 1 and len(packed.scores): warnings.warn(f"{method} of a single source moves its boxes towards their worse neighbours; for one source and view use method='nms'", stacklevel=4)
 
@@ -173,15 +173,14 @@ def _weighted_scores(method, scores, codes, images, given, weights, seen):
     return scores*weights[codes]/seen[images, 1] if given else scores
 
 # %% ../nbs/13_blend.ipynb #a2018980
-def _image_order(method, fused, groups, n_labels, first_rows, ties, n_threads):
+def _image_order(method, scores, groups, n_labels, first_rows, ties, n_threads):
     "Rows of the result by image and falling score; suppression keeps labels apart, as the reference does."
-    from cxrkit.fusion_kernels import group_rows, sorted_rows
-    if method in ("nms", "soft_nms"): return np.arange(len(fused))
+    from cxrkit.kernels import group_rows, sorted_rows
+    if method in ("nms", "soft_nms"): return slice(None)
     images = groups//n_labels
     offsets, rows = group_rows(images, int(images.max(initial=-1))+1)
     if n_labels > 1: rows = np.lexsort((first_rows[groups], images)) # the reference goes through labels as they turn up
-    scores = fused[:, 4].astype(np.float32) if method == "nmw" else fused[:, 4]
-    return sorted_rows(scores, rows, offsets, ties, n_threads)
+    return sorted_rows(scores.astype(np.float32) if method == "nmw" else scores, rows, offsets, ties, n_threads)
 
 # %% ../nbs/13_blend.ipynb #e79a6e49
 def fuse_packed(
@@ -193,7 +192,8 @@ def fuse_packed(
     n_threads:int|None=None, # None: all usable cores
 )->tuple[np.ndarray,np.ndarray]: # (m,5) x1, y1, x2, y2, score; (m,) group of each
     "Fuse packed boxes into arrays."
-    from cxrkit.fusion_kernels import AVERAGES, fuse_groups, gather_fused, group_rows, sorted_rows
+    from cxrkit.fusion_kernels import AVERAGES, fuse_groups, fused_rows
+    from cxrkit.kernels import group_rows, sorted_rows
     if not 0 <= iou <= 1: raise ValueError(f"iou: expected a number within 0…1, got {iou}")
     if average not in AVERAGES: raise ValueError(f"average: expected one of {', '.join(AVERAGES)}, got {average!r}")
     subset = np.ones(len(packed.sources), bool) if subset is None else np.asarray(subset, bool)
@@ -203,13 +203,14 @@ def fuse_packed(
     mine = packed.seen & subset
     seen = np.stack([mine.sum(1), mine@weight, np.where(mine, weight, 0.).max(1, initial=0)], axis=1)
     scores = _weighted_scores(method, packed.scores, packed.codes, packed.groups//n_labels, weights is not None, weight, seen)
-    offsets, rows = group_rows(np.where(used & (packed.scores >= skip), packed.groups, -1), len(packed.image_names)*n_labels)
+    wanted = packed.groups if subset.all() and skip == 0 else np.where(used & (packed.scores >= skip), packed.groups, -1)
+    offsets, rows = group_rows(wanted, len(packed.image_names)*n_labels)
     order = rows if method == "soft_nms" else sorted_rows(scores, rows, offsets, ties, n_threads)
     fused, counts = fuse_groups(packed.boxes, scores, order, offsets, method, iou, packed.codes, weight, np.repeat(seen, n_labels, axis=0), average, (soft[0] == "linear", *soft[1:]), n_threads)
-    fused, groups = gather_fused(fused, counts, offsets)
+    taken, groups = fused_rows(counts, offsets)
     first_rows = rows[np.minimum(offsets[:-1], len(rows)-1)] if len(rows) else offsets[:-1]
-    final = _image_order(method, fused, groups, n_labels, first_rows, ties, n_threads)
-    return fused[final], groups[final]
+    final = _image_order(method, fused[taken, 4], groups, n_labels, first_rows, ties, n_threads)
+    return fused[taken[final]], groups[final]
 
 # %% ../nbs/13_blend.ipynb #c5c71844
 def fuse_boxes(

@@ -9,7 +9,7 @@ __all__ = ['STEPS', 'best_truths', 'claim_truths', 'hit_curves', 'curve_area', '
 # %% ../nbs/08_matching.ipynb #44e0b9f1
 import numpy as np
 
-from .fusion_kernels import compiled, group_rows, plain, run_shares, sorted_rows
+from .kernels import compiled, group_rows, plain, run_shares, sorted_rows
 
 # %% ../nbs/08_matching.ipynb #62840281
 @compiled

@@ -86,7 +86,7 @@ def match_arrays(
     n_threads:int|None=None, # None: all usable cores
 )->Matches:
     "`match_boxes` for those who have arrays already."
-    from cxrkit.fusion_kernels import group_rows, plain, run_shares
+    from cxrkit.kernels import group_rows, plain, run_shares
     from cxrkit.matching import best_truths
     images, codes, boxes, scores = preds
     starts, rows = group_rows(truth[1]*n_images+truth[0], max(1, n_images*len(labels)))
@@ -142,7 +142,7 @@ def coco_precision(
     coverage=None, # `coverage` table or image ids: what was predicted
 )->pd.DataFrame: # one row a label: label, ap, n_truth, n_preds
     "Average precision of each label as COCO defines it."
-    from cxrkit.fusion_kernels import group_rows, sorted_rows
+    from cxrkit.kernels import group_rows, sorted_rows
     from cxrkit.matching import curve_area, greedy_hits, hit_curves
     truth, preds = _comparable(truth, preds, coverage)
     labels, truth_codes, codes = _label_codes(truth, preds)

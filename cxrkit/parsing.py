@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from .fusion_kernels import compiled, run_shares
+from .kernels import compiled, run_shares
 
 # %% ../nbs/08_parsing.ipynb #62840281
 @compiled
