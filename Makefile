@@ -36,6 +36,7 @@ demo: $(STAMP) ## Toy competition: files, cache, folds, 2 × 3 models, blend, su
 	$(BIN)/cxrkit toy data/toy --patients $(PATIENTS) --seed 0
 	$(BIN)/cxrkit sweep $(SWEEP)
 	$(BIN)/cxrkit runs --comp toy
+	$(BIN)/cxrkit scores toy
 	$(BIN)/cxrkit rehearse toy --quick
 	@echo "submission: $$(ls -t runs/toy/50_submit/*/submission.csv | head -1)"
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'Root', 'Name', 'Friendly', 'common', 'toy', 'run_one', 'finish', 'cache', 'folds', 'sweep', 'print_rows',
-           'ledger_tables', 'cell_text', 'print_behind', 'runs', 'check']
+           'ledger_tables', 'cell_text', 'print_behind', 'runs', 'scores', 'check']
 
 # %% ../nbs/40_cli.ipynb #44e0b9f1
 import io, os, sys
@@ -211,6 +211,24 @@ def runs(
             typer.echo()
 
 # %% ../nbs/40_cli.ipynb #f34f19fe
+@app.command(epilog=examples("$ cxrkit scores toy", "$ cxrkit scores toy --markdown   # for a README or a forum post"))
+def scores(
+    comp:Annotated[str, typer.Argument(help="Competition, such as toy.")],
+    name:Annotated[Optional[str], typer.Option(help="Only blends of this name.", show_default=False)]=None,
+    markdown:Annotated[bool, typer.Option("--markdown", help="As Markdown, for pasting.")]=False,
+)->None:
+    "The score table of the newest blend: each label, out of fold, beside what the same predictions score when shuffled."
+    import pandas as pd
+    from cxrkit.compare import markdown_table
+    from cxrkit.runs import find_runs
+    if not (blends := find_runs(comp, "40_blend", name)): raise FileNotFoundError(f"no sealed 40_blend of {comp}{f' called {name}' if name else ''} yet; start one with `cxrkit sweep sweeps/demo.yaml`")
+    table = pd.read_csv(blends[-1].path/"scores.csv").rename(columns={"value": "score"})[["level", "label", "score", "shuffled", "n_truth", "n_preds"]]
+    mean = dict(level="", label="mean", score=table.score.mean(), shuffled=table.shuffled.mean(), n_truth=table.n_truth.sum(), n_preds=table.n_preds.sum())
+    table = pd.concat([table, pd.DataFrame([mean])], ignore_index=True)
+    if markdown: return typer.echo(markdown_table(table, digits=3))
+    print_rows([{c: f"{v:.3f}" if isinstance(v, float) else str(v) for c, v in row.items()} for row in table.to_dict("records")], f"{comp} · {blends[-1].run_id} · out of fold")
+
+# %% ../nbs/40_cli.ipynb #04875f6e
 @app.command(epilog=examples("$ cxrkit check submission.csv data/toy/sample_submission.csv --comp toy",
                              "With --comp, labels and grammar are the competition's, and boxes must lie inside the images of its newest cache."))
 def check(
@@ -230,6 +248,6 @@ def check(
     print_rows([{"": k, str(submission): cell_text(v)} for k, v in report.items()], "")
     typer.secho("This submission is valid.", fg="green")
 
-# %% ../nbs/40_cli.ipynb #04875f6e
+# %% ../nbs/40_cli.ipynb #c3c5b5b7
 register(app)
 register_rehearsal(app)
