@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from .datasets import Normalize, as_size
-from .modes import evaluating, use_group_norm
+from .modes import evaluating, open_branches, use_group_norm
 from .vision_ops import ensure_torchvision
 from .weights import choose_norm, bare_key, bare_state, load_meta, load_state, load_weights, read_state
 
@@ -138,6 +138,7 @@ def make_net(
     if config.pretrained != "hub":
         net = make(False)
         if config.norm == "group": use_group_norm(net)
+        if not config.pretrained: open_branches(net)
         return net, load_pretrained(net, config.pretrained) if config.pretrained else "random weights"
     try: return make(True), "ImageNet weights from the hub, last layer random"
     except Exception as error:
