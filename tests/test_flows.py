@@ -94,6 +94,16 @@ def test_ledger_lists_the_runs(swept):
 
 
 @pytest.mark.xdist_group("flows")
+def test_scores_are_those_of_the_blend(swept):
+    text = run_cxrkit(swept, "scores", "toy", "--markdown").stdout
+    table = pd.read_csv(next((swept/"runs"/"toy"/"40_blend").glob("*/scores.csv")))
+    for row in table.itertuples(): assert f"| {row.label} | {row.value:.3f}".rstrip("0").rstrip(".") in text
+    assert "mean" in text
+    done = subprocess.run(command("scores", "rsna_pneumonia"), cwd=swept, env=environment(swept), capture_output=True, text=True)
+    assert done.returncode == 2 and "no sealed 40_blend of rsna_pneumonia" in done.stdout+done.stderr
+
+
+@pytest.mark.xdist_group("flows")
 def test_plain_papermill_ends_sealed_and_refuses_a_misspelt_parameter(swept):
     papermill = [sys.executable, "-m", "papermill", "nbs/flow/20_folds.ipynb", str(swept/"out.ipynb"), "-p", "comp", "toy", "-p", "n_folds", "3"]
     done = subprocess.run([*papermill, "-p", "name", "three"], cwd=swept, env=environment(swept), capture_output=True, text=True)
