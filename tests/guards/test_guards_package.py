@@ -4,15 +4,18 @@ import re
 import shutil
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from cxrkit.image import Image
 from cxrkit.manifest import FINGERPRINT, MANIFEST, ManifestError, read_manifest, tell_models, version_gaps, write_manifest
-from cxrkit.models import PackageError, check_fold_sets, check_models, describe_model, load_networks, package_models
+from cxrkit.models import PackageError, check_fold_sets, check_models, describe_model, load_networks, package_models, read_truth, score_weights
 from cxrkit.provenance import sha256_file
 from cxrkit.runs import RunCorrupt, load_run
+from cxrkit.spec import load_spec
 from cxrkit.wheels import WheelError, check_wheels, resolve
 from fakeruns import write_project, write_weights
 
@@ -41,6 +44,50 @@ def wheel(shelf: Path, name: str, version: str, *requires: str, tag: str = "py3-
         z.writestr(f"{name}-{version}.dist-info/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n")
         z.writestr(f"{name}-{version}.dist-info/RECORD", "")
     return path
+
+
+class Finder:
+    "A detector that draws a box around each grey level but black."
+    config = SimpleNamespace(task="detector", size=(256, 256), labels=("opacity",))
+
+    def eval(self): return self
+    def parameters(self): return iter(())
+
+    def predict(self, batch):
+        rows = []
+        for image_id, image in zip(batch["image_id"], batch["image"][:, 0].numpy()):
+            for level in sorted({*image.ravel().tolist()}-{0}):
+                y, x = (image == level).nonzero()
+                rows.append((image_id, "opacity", level/255, x.min(), y.min(), x.max()+1, y.max()+1))
+        return pd.DataFrame(rows, columns=["image_id", "label", "score", "x1", "y1", "x2", "y2"])
+
+
+def paint(images: pd.DataFrame, boxes: pd.DataFrame) -> dict:
+    "A cache in which every box of the truth has a grey level of its own."
+    cache = {r.image_id: np.zeros((256, 256), np.uint8) for r in images.itertuples()}
+    sizes = images.set_index("image_id")
+    for k, r in enumerate(boxes.itertuples()):
+        x, y = 256/sizes.width[r.image_id], 256/sizes.height[r.image_id]
+        cache[r.image_id][round(r.y1*y):round(r.y2*y), round(r.x1*x):round(r.x2*x)] = 100+k % 150
+    return cache
+
+
+def test_guard_09_tta_boxes_not_flipped_back(project, monkeypatch):
+    "The packed weights, predicted with the packed views by code that forgets to flip the boxes back, are not worth what the ledger says."
+    import cxrkit.dicom, cxrkit.predict
+    manifest, spec = project["manifest"], load_spec("toy")
+    manifest = manifest | {"models": [m for m in manifest["models"] if m["task"] == "detector"]}
+    truth = read_truth(manifest, project["root"])
+    cache = paint(truth["images"], truth["boxes"])
+    monkeypatch.setattr(cxrkit.predict, "load_task", lambda path: Finder())
+    monkeypatch.setattr(cxrkit.dicom, "open_cache", lambda folder, size: cache)
+    table = pd.DataFrame([{"model": m["name"], "fold": m["fold"], "ledger": 0.} for m in manifest["models"]]+[{"model": "blend", "fold": pd.NA, "ledger": 0.}])
+    again = lambda table, **kw: score_weights(project["packed"], manifest, truth, spec, table, project["root"], **kw)
+    honest = again(table, tolerance=2.)
+    assert honest.from_weights[:-1].min() > .9
+    again(table.assign(ledger=honest.from_weights))
+    monkeypatch.setattr(cxrkit.predict, "unview_boxes", lambda boxes, *rest: boxes)
+    with pytest.raises(PackageError, match=r"not worth what the ledger says .opacity fold 0: ledger 0\.\d+|ledger 1\.0+, from weights 0\.\d+"): again(table.assign(ledger=honest.from_weights))
 
 
 def test_guard_15_library_versions_clash(tmp_path):
