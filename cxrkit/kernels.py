@@ -18,7 +18,7 @@ def compiled(
 ): # its compiled form, without the interpreter lock
     "Compile `function` on first use, and keep the machine code where that is possible."
     options = dict(nogil=True, error_model="numpy")
-    try: return numba.njit(cache=True, **options)(function)
+    try: return numba.njit(cache=function.__module__ != "__main__", **options)(function)
     except RuntimeError: return numba.njit(**options)(function) # no writable place for a cache
 
 # %% ../nbs/06_kernels.ipynb #18e7bf67
@@ -40,15 +40,15 @@ def run_shares(
     offsets:np.ndarray|int, # (n_groups+1,) int64, where each group's rows begin; or a number of rows without groups
     *args, # the kernel's other arguments
     n_threads:int|None=None, # None: all usable cores
-)->None:
+)->list: # what the kernel returned for each share
     "Run `kernel(*args, lo, hi)` over all groups, in shares of about equally many rows."
     flat, n_threads = isinstance(offsets, int), n_threads or usable_cores()
     n_groups, n_rows = (offsets, offsets) if flat else (len(offsets)-1, offsets[-1])
-    if n_threads == 1 or n_rows < 20_000: return kernel(*args, 0, n_groups)
+    if n_threads == 1 or n_rows < 20_000: return [kernel(*args, 0, n_groups)]
     cuts = np.linspace(0, n_rows, 8*n_threads+1)[1:-1].astype(np.int64)
     bounds = [0, *(cuts if flat else np.searchsorted(offsets, cuts)).tolist(), n_groups]
     with ThreadPoolExecutor(n_threads) as pool:
-        list(pool.map(lambda share: kernel(*args, *share), zip(bounds[:-1], bounds[1:])))
+        return list(pool.map(lambda share: kernel(*args, *share), zip(bounds[:-1], bounds[1:])))
 
 # %% ../nbs/06_kernels.ipynb #b4f4c709
 @compiled
@@ -106,7 +106,7 @@ def _insertion(bits, order):
 # %% ../nbs/06_kernels.ipynb #a2018980
 @compiled
 def sort_groups(
-    bits, rows, offsets, # (n,) int64: scores ≥ 0 as float64, viewed as integers; (n_kept,) rows by group; (n_groups+1,)
+    bits, rows, offsets, # (n,) int64: scores as integers of the same order; (n_kept,) rows by group; (n_groups+1,)
     order, tied, # written: (n_kept,) int64 rows of each group by falling score; (n_groups,) bool, whether two scores of the group are equal
     lo, hi, # range of groups
 ):
@@ -131,7 +131,7 @@ def sort_groups(
 
 # %% ../nbs/06_kernels.ipynb #c5c71844
 def sorted_rows(
-    scores:np.ndarray, # (n,) float64 ≥ 0
+    scores:np.ndarray, # (n,) float64
     rows:np.ndarray, # (n_kept,) rows by group
     offsets:np.ndarray, # (n_groups+1,)
     ties:str="stable", # 'stable': first row first; 'reference': as numpy's argsort()[::-1] leaves them
@@ -140,6 +140,7 @@ def sorted_rows(
     "Rows of each group by falling score."
     order, tied = np.empty_like(rows), np.zeros(len(offsets)-1, np.bool_)
     bits = (plain(scores)+0.).view(np.int64) # + 0. turns -0. into 0.
+    if bits.min(initial=0) < 0: bits = np.where(bits < 0, bits ^ np.int64(2**63-1), bits) # negative floats: more bits mean less
     run_shares(sort_groups, offsets, bits, rows, offsets, order, tied, n_threads=n_threads)
     if ties == "reference":
         for g in np.flatnonzero(tied):

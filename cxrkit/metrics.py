@@ -88,10 +88,10 @@ def match_arrays(
     "`match_boxes` for those who have arrays already."
     from cxrkit.kernels import group_rows, plain, run_shares
     from cxrkit.matching import best_truths
-    images, codes, boxes, scores = preds
+    (images, codes), boxes, scores = (plain(c, np.int64) for c in preds[:2]), *preds[2:]
     starts, rows = group_rows(truth[1]*n_images+truth[0], max(1, n_images*len(labels)))
     best, overlap = np.empty(len(images), np.int64), np.empty(len(images))
-    run_shares(best_truths, len(images), plain(codes*n_images+images, np.int64), plain(boxes), starts, plain(truth[2])[rows], best, overlap, n_threads=n_threads)
+    run_shares(best_truths, len(images), images, codes, n_images, plain(boxes), starts, plain(truth[2])[rows], best, overlap, n_threads=n_threads)
     return Matches(labels, truth[1][rows], rows, codes, plain(scores), best, overlap)
 
 
@@ -112,13 +112,14 @@ def matched_precision(
     matches:Matches, # from `match_boxes`
     iou:float=.5, # a hit overlaps by more than this
     points:int=0, # 0: whole area (VOC 2010); 11: VOC 2007; 101: COCO's interpolation
+    n_threads:int|None=None, # None: all usable cores
 )->pd.DataFrame: # one row a label: label, ap, n_truth, n_preds
     "Average precision of each label from matched boxes."
     from cxrkit.matching import claim_truths, curve_area, hit_curves
     winner = claim_truths(matches.best, matches.overlap, matches.scores, iou, len(matches.truth_labels))
     n_truth = np.bincount(matches.truth_labels, minlength=len(matches.labels))
-    n_preds = np.bincount(matches.pred_labels, minlength=len(matches.labels))
-    curves = hit_curves(matches.pred_labels, matches.scores, winner[winner >= 0], len(matches.labels))
+    n_preds = np.bincount(matches.pred_labels, minlength=len(matches.labels)) if len(matches.labels) > 1 else len(matches.pred_labels)
+    curves = hit_curves(matches.pred_labels, matches.scores, winner[winner >= 0], len(matches.labels), n_threads)
     ap = [curve_area(ranks, n, points) for (_, ranks), n in zip(curves, n_truth)]
     return pd.DataFrame({"label": matches.labels, "ap": np.array(ap, float), "n_truth": n_truth, "n_preds": n_preds})
 
@@ -150,7 +151,7 @@ def coco_precision(
     groups = np.concatenate([truth_codes, codes])*len(names)+images
     n_groups, scores = len(names)*len(labels), _numbers(preds, "preds", ["score"])[:, 0].astype(np.float64)
     offsets, rows = group_rows(groups[len(truth):], n_groups)
-    order = sorted_rows(scores-scores.min(initial=0), rows, offsets)
+    order = sorted_rows(scores, rows, offsets)
     starts, truth_rows = group_rows(groups[:len(truth)], n_groups)
     hit = greedy_hits(_numbers(truth, "truth", _SIDES)[truth_rows], starts, _numbers(preds, "preds", _SIDES), order, offsets, min(iou, 1-1e-10), max_preds)
     used = order[hit >= 0] # by label, image and falling score: the order in which COCO breaks ties
