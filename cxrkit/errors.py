@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'MIXUPS', 'Judged', 'judge_boxes', 'pr_curves', 'plot_pr', 'mistake_costs', 'ap_by_group', 'ap_by_size',
-           'plot_scores', 'worst_images', 'show_boxes', 'diagnose_boxes']
+           'image_groups', 'plot_scores', 'worst_images', 'show_boxes', 'diagnose_boxes']
 
 # %% ../nbs/17_errors.ipynb #44e0b9f1
 from typing import NamedTuple
@@ -137,7 +137,22 @@ def ap_by_size(
             rows.append((label, f"{low:.0%}–{high:.0%}", _ap(hit[mine], judged.preds["score"].to_numpy()[mine], true.sum()), int(true.sum()), float((judged.truth["answer"] == "found").to_numpy()[true].mean()) if true.any() else np.nan))
     return pd.DataFrame(rows, columns=["label", "size", "ap", "n_truth", "found"])
 
-# %% ../nbs/17_errors.ipynb #04875f6e
+# %% ../nbs/17_errors.ipynb #8e970e98
+def image_groups(
+    images:pd.DataFrame, # `images`, perhaps with columns such as view or site
+    labels:pd.DataFrame, # `labels`
+    exclusive:tuple[str,...]=("study",), # levels of which exactly one label is true
+)->dict[str,pd.Series]: # name → group of each image_id; images of no group are left out
+    "Everything by which scores can be split."
+    out, known, by_id = {}, {"image_id", "study_id", "patient_id", "path", "height", "width", "split"}, images.drop_duplicates("image_id").set_index("image_id")
+    for level in exclusive:
+        true = labels[(labels["level"] == level) & (labels["value"] == 1)].drop_duplicates("unit_id").set_index("unit_id")["label"]
+        if len(true) and f"{level}_id" in images: out[level] = by_id[f"{level}_id"].map(true).dropna()
+    for column in [c for c in images if c not in known]:
+        if 1 < by_id[column].nunique() <= max(2, len(by_id)//4): out[column] = by_id[column].dropna()
+    return out
+
+# %% ../nbs/17_errors.ipynb #7baf2d5e
 def plot_scores(
     judged:Judged,
     label:str, # label to look at
@@ -150,12 +165,12 @@ def plot_scores(
     rows = judged.preds[judged.preds["label"] == label]
     colors = dict(zip(KINDS, ("C2", "C4", "C1", "C7", "C3")))
     parts = [rows.loc[rows["verdict"] == k, "score"] for k in KINDS]
-    ax.hist(parts, np.linspace(0, max(rows["score"].max(), 1e-3) if len(rows) else 1, bins+1), stacked=True, color=[colors[k] for k in KINDS], label=[f"{k} {len(p)}" for k, p in zip(KINDS, parts)])
+    ax.hist(parts, np.linspace(0, max(rows["score"].max(), 1e-3) if len(rows) else 1, bins+1), histtype="step", lw=1.4, log=True, color=[colors[k] for k in KINDS], label=[f"{k} {len(p)}" for k, p in zip(KINDS, parts)])
     ax.set(xlabel="score", ylabel="boxes")
     ax.legend(fontsize=7)
     return ax
 
-# %% ../nbs/17_errors.ipynb #c3c5b5b7
+# %% ../nbs/17_errors.ipynb #562ae44c
 def worst_images(
     judged:Judged,
     what:str, # 'alarms': confident false boxes; 'misses': true boxes that nobody found, the largest first
@@ -177,7 +192,7 @@ def _draw(ax, row, ratio, color, text=""):
     ax.add_patch(plt.Rectangle((x, y), (row.x2-row.x1)*ratio[0], (row.y2-row.y1)*ratio[1], fill=False, color=color, lw=1.2))
     if text: ax.text(x, y, text, color="white", fontsize=6, va="bottom", bbox=dict(facecolor=color, lw=0, pad=.6))
 
-# %% ../nbs/17_errors.ipynb #95f5ba03
+# %% ../nbs/17_errors.ipynb #614e38ed
 def show_boxes(
     cache, # image_id → uint8 (h,w): a Cache or a dict, at any size
     images:pd.DataFrame, # `images`: original sizes
@@ -202,7 +217,7 @@ def show_boxes(
     fig.tight_layout()
     return fig
 
-# %% ../nbs/17_errors.ipynb #17704b69
+# %% ../nbs/17_errors.ipynb #47d09d50
 MIXUPS = {
     "as they are": lambda x1, y1, x2, y2, w, h: (x1, y1, x2, y2),
     "x and y are swapped": lambda x1, y1, x2, y2, w, h: (y1, x1, y2, x2),
