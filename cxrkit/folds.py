@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FoldLeak', 'some', 'check_pairs', 'group_images', 'trait_matrix', 'deal_groups', 'check_fold_input', 'make_folds',
-           'crossings', 'find_leaks', 'audit_folds', 'fold_shares', 'perceptual_hash', 'near_duplicates', 'split_fold',
-           'oversample']
+           'crossings', 'find_leaks', 'audit_folds', 'keep_images', 'fold_shares', 'perceptual_hash', 'near_duplicates',
+           'split_fold', 'oversample']
 
 # %% ../nbs/11_folds.ipynb #44e0b9f1
 from collections.abc import Iterable, Mapping
@@ -187,7 +187,22 @@ def audit_folds(
                            f" ({len(folds)} rows for {folds.image_id.nunique()} images). Make them with make_folds(images, labels), one row per image, before anything is duplicated")
     return report
 
-# %% ../nbs/11_folds.ipynb #62e83953
+# %% ../nbs/11_folds.ipynb #7baf2d5e
+def keep_images(
+    folds:pd.DataFrame, # `folds` of all training images
+    images:pd.DataFrame, # `images` that are at hand: those of a cache
+)->pd.DataFrame: # the rows whose image is at hand
+    "Leave out of the folds what is not in the cache, and tell."
+    here = folds.image_id.isin(images.image_id)
+    if here.all(): return folds
+    lost = f"{(~here).sum()} of {len(folds)} images of the folds are not in the cache, such as {some(folds.image_id[~here])}"
+    if here.sum() < len(folds)/2: raise ValueError(f"folds: {lost}; is it the cache of other images? Its failures.csv says which files could not be read")
+    empty = sorted(set(folds.fold)-set(folds.fold[here]))
+    if empty: raise ValueError(f"folds: {lost}, and nothing is left of fold {some(empty)}; repair the files named in its failures.csv, or deal fewer folds")
+    print(f"{lost}; they take no part (failures.csv of the cache says why)")
+    return folds[here].reset_index(drop=True)
+
+# %% ../nbs/11_folds.ipynb #917c4f79
 def fold_shares(
     folds:pd.DataFrame, # `folds`
     labels:pd.DataFrame, # `labels`
@@ -203,7 +218,7 @@ def fold_shares(
         out.append({"level": level, "label": label, "n": int(rows.value.sum()), "whole": whole, **share.to_dict(), "spread": 100*(share-whole).abs().max()})
     return pd.DataFrame(out)
 
-# %% ../nbs/11_folds.ipynb #005a4db3
+# %% ../nbs/11_folds.ipynb #cb6d7214
 def perceptual_hash(
     image:np.ndarray, # (h,w) uint8
     n_waves:int=16, # waves in each direction
@@ -213,7 +228,7 @@ def perceptual_hash(
     waves = cv2.dct(cv2.resize(image, (64, 64), interpolation=cv2.INTER_AREA).astype(np.float32))[:n_waves, :n_waves].ravel()[1:]
     return waves > np.median(waves)
 
-# %% ../nbs/11_folds.ipynb #118407b9
+# %% ../nbs/11_folds.ipynb #011aa1c4
 def near_duplicates(
     cache:Mapping[str,np.ndarray], # image_id → (h,w) uint8, as from `cxrkit.dicom.open_cache`
     images:pd.DataFrame, # `images` to compare with each other
@@ -235,7 +250,7 @@ def near_duplicates(
     out["same_patient"] = patient.reindex(out.image_id_a).to_numpy() == patient.reindex(out.image_id_b).to_numpy()
     return out.sort_values(["distance", "image_id_a", "image_id_b"], ignore_index=True)
 
-# %% ../nbs/11_folds.ipynb #1a21a395
+# %% ../nbs/11_folds.ipynb #5d84fd77
 def split_fold(
     folds:pd.DataFrame, # `folds`
     fold:int, # the fold to hold out
@@ -246,7 +261,7 @@ def split_fold(
     inside = folds.fold == fold
     return folds.image_id[~inside].tolist(), folds.image_id[inside].tolist()
 
-# %% ../nbs/11_folds.ipynb #c73eea47
+# %% ../nbs/11_folds.ipynb #c42b7512
 def oversample(
     folds:pd.DataFrame, # `folds`, one row an image
     fold:int, # the fold held out; none of its images is returned

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['models_of', 'find_blend', 'fold_set_score', 'best_of_sweep', 'choose_blend', 'check_best_epoch', 'describe_model',
-           'apply_recipe', 'pack_tables', 'describe_blend', 'check_fold_sets', 'package_models', 'check_headers',
-           'load_networks', 'read_truth', 'score_model', 'check_models', 'compare_scores', 'score_weights']
+           'apply_recipe', 'pack_tables', 'check_policies', 'describe_blend', 'check_fold_sets', 'package_models',
+           'check_headers', 'load_networks', 'read_truth', 'score_model', 'check_models', 'compare_scores',
+           'score_weights']
 
 # %% ../nbs/32_models.ipynb #44e0b9f1
 import contextlib, io, json, math, tempfile
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 import pandas as pd
 
 import cxrkit.recipe as recipes
+from .imagecache import check_policy
 from .manifest import FINGERPRINT, read_manifest, read_weights_header, verify_package
 from .metrics import METRICS, score
 from .package import PackageError, open_folder, pack_folder
@@ -151,6 +153,17 @@ def pack_tables(
     return found
 
 # %% ../nbs/32_models.ipynb #8e970e98
+def check_policies(
+    models:Sequence[Run], # sealed training runs
+    policy:dict, # of the cache whose greys a submission will imitate
+)->None:
+    "Refuse models whose images became grey in another way than the submission's will."
+    for run in models:
+        theirs = read_weights_header(run.path/"model.safetensors").get("policy")
+        try: theirs and check_policy(policy, theirs, run.run_id)
+        except ValueError as error: raise PackageError(f"{error}, blend from the cache that this model was trained on, or train it again") from None
+
+# %% ../nbs/32_models.ipynb #04875f6e
 def describe_blend(
     blend:Run, # sealed run of 40_blend
     models:Sequence[Run], # those of its runs that are packed
@@ -160,6 +173,7 @@ def describe_blend(
     spec, cache, folds = load_spec(blend.comp), blend.input("10_cache"), blend.input("20_folds")
     prefix = f"{spec.metric}_"
     policy = json.loads((cache.path/"cache"/"cache.json").read_text(encoding="utf-8"))["policy"]
+    check_policies(models, policy)
     return {"comp": blend.comp, "models": [describe_model(r) for r in models],
             "blend": {"run": f"{blend.flow}/{blend.run_id}", **{k: v for k, v in recipe.items() if k != "models"}, "asked": {k: list(v) for k, v in spec.labels.items()}},
             "cv": {"metric": spec.metric, "direction": METRICS[spec.metric].direction, "overall": blend.scores[spec.metric],
@@ -167,7 +181,7 @@ def describe_blend(
             "cache": {"run": f"{cache.flow}/{cache.run_id}", "policy": policy},
             "folds": {"run": f"{folds.flow}/{folds.run_id}", "n_folds": folds.params["n_folds"], "packed": sorted({r.fold for r in models})}}
 
-# %% ../nbs/32_models.ipynb #04875f6e
+# %% ../nbs/32_models.ipynb #e0fd9503
 def check_fold_sets(
     models:Sequence[Run], # sealed training runs
     n_folds:int, # of the folds they were trained on
@@ -178,7 +192,7 @@ def check_fold_sets(
         if sorted(folds) != list(range(n_folds)):
             raise PackageError(f"{flow}:{name}: expected folds 0 to {n_folds-1}, one run each, got {sorted(folds)}; the score of the blend is of all folds. Train the missing ones, blend again")
 
-# %% ../nbs/32_models.ipynb #e0fd9503
+# %% ../nbs/32_models.ipynb #c3c5b5b7
 def package_models(
     comp:str, # competition
     runs:str="", # selectors of training runs; or
@@ -205,7 +219,7 @@ def package_models(
         (folder/FINGERPRINT).unlink(missing_ok=True) # what failed its check is not a package
         raise
 
-# %% ../nbs/32_models.ipynb #95f5ba03
+# %% ../nbs/32_models.ipynb #7baf2d5e
 def check_headers(
     folder:Path, # the packed dataset
     manifest:dict, # of it
@@ -219,7 +233,7 @@ def check_headers(
             raise PackageError(f"{entry['file']}: {'; '.join(wrong)}; this is another model under the same name. Package again")
         if manifest["files"][entry["file"]]["sha256"] != entry["sha256"]: raise PackageError(f"{entry['file']}: its sha256 is not the one of the run {entry['run']}; package again")
 
-# %% ../nbs/32_models.ipynb #7baf2d5e
+# %% ../nbs/32_models.ipynb #17704b69
 def load_networks(
     folder:Path, # the packed dataset
     manifest:dict, # of it
@@ -231,7 +245,7 @@ def load_networks(
             with contextlib.redirect_stdout(io.StringIO()): load_task(folder/entry["file"])
         except Exception as error: raise PackageError(f"{entry['file']}: cannot be loaded as the {entry['backbone']} it was trained as: {error}") from error
 
-# %% ../nbs/32_models.ipynb #17704b69
+# %% ../nbs/32_models.ipynb #562ae44c
 def read_truth(
     manifest:dict, # of a models dataset
     root:Path, # project
@@ -241,7 +255,7 @@ def read_truth(
     cache, folds = load_run(home/manifest["cache"]["run"], verify=False), load_run(home/manifest["folds"]["run"])
     return {t: read_table(cache.path/f"{t}.parquet", t) for t in ("images", "labels", "boxes")} | {"folds": read_table(folds.path/"folds.parquet", "folds")}
 
-# %% ../nbs/32_models.ipynb #562ae44c
+# %% ../nbs/32_models.ipynb #614e38ed
 def score_model(
     entry:dict, # of the manifest's `models`
     tables:dict[str,pd.DataFrame], # cls_preds, box_preds, coverage: packed, or predicted again
@@ -259,7 +273,7 @@ def score_model(
     part = spec_part(spec, None if kind == "box_preds" else entry["level"])
     return score(part, truth["labels"], boxes, mine.get("cls_preds"), mine.get("box_preds"), mine["coverage"], images).overall
 
-# %% ../nbs/32_models.ipynb #614e38ed
+# %% ../nbs/32_models.ipynb #4243d3ea
 def check_models(
     folder:str|Path, # a packed models dataset
     root:str|Path|None=None, # project; None: `project_root()`
@@ -285,7 +299,7 @@ def check_models(
     compare_scores(table, "recomputed", 1e-6)
     return score_weights(folder, manifest, truth, spec, table, root) if weights else table
 
-# %% ../nbs/32_models.ipynb #4243d3ea
+# %% ../nbs/32_models.ipynb #47d09d50
 def compare_scores(
     table:pd.DataFrame, # of `check_models`
     column:str, # to hold against the ledger
@@ -297,7 +311,7 @@ def compare_scores(
         text = "; ".join(f"{r.model}{'' if pd.isna(r.fold) else f' fold {r.fold}'}: ledger {r.ledger:.6f}, {column.replace('_', ' ')} {getattr(r, column):.6f}" for r in wrong.itertuples())
         raise PackageError(f"models: the packed files are not worth what the ledger says ({text}); do not upload them")
 
-# %% ../nbs/32_models.ipynb #2844a2e5
+# %% ../nbs/32_models.ipynb #74c4cabd
 def score_weights(
     folder:Path, # the packed dataset
     manifest:dict, # of it

@@ -8,7 +8,7 @@ __all__ = ['GreyTags', 'stored_values', 'over_patterns', 'look_up', 'modality_va
            'as_size', 'apply_table', 'equalise']
 
 # %% ../nbs/05_photometry.ipynb #6526c3a4
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import cv2
 import numpy as np
@@ -124,7 +124,10 @@ def as_policy(
 )->Policy: # the value
     "A `Policy` from its name, its recorded fields or itself."
     if isinstance(policy, Policy): return policy
-    return Policy(**policy) if isinstance(policy, dict) else Policy(policy)
+    if not isinstance(policy, dict): return Policy(policy)
+    unknown = set(policy)-{f.name for f in fields(Policy)}
+    if unknown: raise ValueError(f"policy: unknown field(s) {', '.join(sorted(unknown))}; expected some of {', '.join(f.name for f in fields(Policy))}; was it recorded by another version of the kit?")
+    return Policy(**policy)
 
 # %% ../nbs/05_photometry.ipynb #8e970e98
 @dataclass(frozen=True)

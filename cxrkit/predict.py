@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 
 from .boxes import clip_boxes
+from .imagecache import check_policy
 from .datasets import check_cached
 from .blend import fuse_boxes
 from .metrics import Score, average_precision, get_metric, score
@@ -33,14 +34,14 @@ def load_task(
     path:str|Path, # file that training wrote: model.safetensors
 )->torch.nn.Module: # classifier or detector, as it was trained
     "The task that a file of weights describes, with those weights."
-    kind = load_meta(path).get("config", {}).get("task")
-    if kind == "classifier":
-        from cxrkit.classifier import load_classifier
-        return load_classifier(path)
-    if kind == "detector":
-        from cxrkit.detector import load_detector
-        return load_detector(path)
-    raise ValueError(f"weights: {path} describes {kind or 'no task'}, expected a classifier or a detector; was it written by cxrkit.weights.save_weights?")
+    meta = load_meta(path)
+    kind = meta.get("config", {}).get("task")
+    if kind == "classifier": from cxrkit.classifier import load_classifier as load
+    elif kind == "detector": from cxrkit.detector import load_detector as load
+    else: raise ValueError(f"weights: {path} describes {kind or 'no task'}, expected a classifier or a detector; was it written by cxrkit.weights.save_weights?")
+    task = load(path)
+    task.policy = meta.get("policy") # how the images it was trained on were made; other images are refused
+    return task
 
 # %% ../nbs/24_predict.ipynb #18e7bf67
 def prediction_card(
@@ -102,6 +103,7 @@ def predict_views(
     from tqdm.auto import tqdm
     size, views = tuple(task.config.size), parse_views(tta)
     check_cached(images, cache, size)
+    if getattr(task, "policy", None) and hasattr(cache, "policy"): check_policy(cache.policy, task.policy, "predict")
     turned = [v.name for v in views if v.out_size(size) != size]
     if turned: raise ValueError(f"tta: {', '.join(turned)} turns {size} into {size[::-1]}, but the network takes {size}; leave quarter turns to square networks")
     if batch_size < 1: raise ValueError(f"batch_size: expected at least 1, got {batch_size}")

@@ -1,6 +1,7 @@
 """A small project with sealed runs whose predictions are made up: no training, the real folder layout, seconds instead of minutes."""
 import json
 import zlib
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pandas as pd
 
 from cxrkit.blend import fuse_boxes, gate_boxes, mean_predictions
 from cxrkit.metrics import score
+from cxrkit.photometry import Policy
 from cxrkit.predict import spec_part
 from cxrkit.provenance import sha256_file, write_json
 from cxrkit.runs import Run, load_manifest, load_run, seal_folder
@@ -107,7 +109,7 @@ def blend_fake(root: Path, truth: dict, cache: Run, folds: Run, models: list[Run
 def write_project(root: Path, n_folds: int = 2) -> dict:
     "Cache, folds, three models of two folds each, their blend; and the folder that `package_models` looks for."
     truth = make_truth()
-    policy = {"scaling": "percentile", "low": .5, "high": 99.5, "format": 1}
+    policy = asdict(Policy())
 
     def write_cache(folder, run_id):
         for name in ("images", "labels", "boxes"): write_table(truth[name], folder/f"{name}.parquet", name)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxrkit.comps import nih_rsna, siim_covid19
-from cxrkit.folds import FoldLeak, audit_folds, fold_shares, group_images, make_folds, near_duplicates, oversample, perceptual_hash, split_fold
+from cxrkit.folds import FoldLeak, audit_folds, fold_shares, group_images, keep_images, make_folds, near_duplicates, oversample, perceptual_hash, split_fold
 from cxrkit.tables import TableError
 
 CLASSES = ("negative", "typical", "indeterminate", "atypical")
@@ -186,3 +186,19 @@ def test_real_radiographs_of_different_people_are_no_duplicates(realdata):
     copied = np.clip(cv2.resize(cache[first], (200, 220), interpolation=cv2.INTER_AREA)*.8+30, 0, 255).astype(np.uint8)
     pairs = near_duplicates(cache | {"copy": copied}, pd.concat([images, images.head(1).assign(image_id="copy", patient_id="somebody else")]))
     assert pairs[["image_id_a", "image_id_b", "same_patient"]].values.tolist() == [[first, "copy", False]]
+
+
+def test_images_that_failed_in_the_cache_take_no_part_and_are_told(capsys):
+    images, labels = tables_of([(f"s{k}", f"p{k}", 1) for k in range(40)])
+    folds = make_folds(images, labels, 4)
+    cached = images[~images.image_id.isin(["s3-0", "s17-0"])]
+    with pytest.raises(FoldLeak, match="2 images that are not in the images table"): audit_folds(folds, cached)
+    kept = keep_images(folds, cached)
+    assert capsys.readouterr().out == "2 of 40 images of the folds are not in the cache, such as s17-0, s3-0; they take no part (failures.csv of the cache says why)\n"
+    audit_folds(kept, cached, n_folds=4)
+    assert len(kept) == 38 and kept.merge(folds, on=["image_id", "fold"]).shape[0] == 38
+    pd.testing.assert_frame_equal(keep_images(folds, images), folds)
+    assert not capsys.readouterr().out
+    gone = folds.image_id[folds.fold == 2]
+    with pytest.raises(ValueError, match="nothing is left of fold 2; repair the files"): keep_images(folds, images[~images.image_id.isin(gone)])
+    with pytest.raises(ValueError, match="35 of 40 images of the folds are not in the cache.*is it the cache of other images"): keep_images(folds, images[:5])

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cxrkit.dicom import build_cache, check_policy, open_cache, rehearse_decoding
+from cxrkit.dicom import Policy, build_cache, check_policy, open_cache, rehearse_decoding
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +28,27 @@ def test_guard_02_validation_images_scaled_another_way(images, tmp_path):
         check_policy(valid.policy, train.policy, "validation images")
     check_policy(built(images[2:], tmp_path/"again", 64).policy, train.policy)
     with pytest.raises(ValueError, match="holds another cache .*policy"): build_cache(images[:2], tmp_path/"train", 64, policy="minmax", progress=False)
+
+
+def test_guard_02_model_fed_images_that_were_scaled_another_way(images, tmp_path):
+    "The policy goes into the weights' file; predicting from another cache is refused, and so is packing for a submission that would scale like another cache."
+    from cxrkit.classifier import ClassifierConfig, build_classifier
+    from cxrkit.models import describe_blend
+    from cxrkit.package import PackageError
+    from cxrkit.predict import load_task, predict_table
+    from cxrkit.weights import load_meta, save_weights
+    from fakeruns import write_project, write_weights
+    train, other = built(images, tmp_path/"train", 64), built(images, tmp_path/"other", 64, Policy(clahe=2.))
+    save_weights(build_classifier(ClassifierConfig("test_efficientnet", (64, 64), ("none", "some"))), tmp_path/"model.safetensors", {"policy": train.policy})
+    task = load_task(tmp_path/"model.safetensors").eval()
+    assert len(predict_table(task, train.images, train, "identity")[0]) == 2*len(images)
+    with pytest.raises(ValueError, match="predict: the images were made by another policy: clahe is 2.0, expected 0.0"): predict_table(task, other.images, other, "identity")
+    project = write_project(tmp_path/"project")
+    run = project["models"][0]
+    assert describe_blend(project["blend"], project["models"])["cache"]["policy"] == train.policy
+    meta = load_meta(run.path/"model.safetensors")
+    write_weights(run.path/"model.safetensors", meta.pop("config"), meta | {"policy": other.policy}, 0)
+    with pytest.raises(PackageError, match=f"{run.run_id}: the images were made by another policy: clahe is 0.0, expected 2.0.*train it again"): describe_blend(project["blend"], project["models"])
 
 
 def test_guard_17_classifier_trained_at_384_and_fed_512(images, tmp_path):
