@@ -54,7 +54,7 @@ def test_saved_version_predicts_a_few_in_the_old_layout(stage):
 def test_too_little_time_gives_up_views_and_still_answers_everything(stage):
     from cxrkit.rehearse import judge_scene, with_clock
     first = judge_scene(stage, scene("measure", n=30, seed=3), 3600) | dict(short=0, mutants=0)
-    row = judge_scene(stage, with_clock(scene("late", n=60, seed=4, short=.4, params={"batch_size": 4, "chunk_size": 4}), [first], 60), 3600)
+    row = judge_scene(stage, with_clock(scene("late", n=60, seed=4, short=.3, params={"batch_size": 4, "chunk_size": 4}), [first]), 3600)
     assert row["passed"], row["checks"]
 
 
