@@ -58,7 +58,7 @@ def all_scenes(
     return [Scene("public set, version saved", "old", rerun=False), Scene("public set, scored", "new"), Scene(f"{times}× images", "new", public*times, 1), Scene("one image", "old", 1, 2),
             Scene("ids never seen", "old", public, 3), Scene("odd and broken files", "new", max(public, 3*len(odd)), 4, odd), Scene("sample asks for more", "old", public, 5, grow=3),
             *(Scene(f"no {kind} dataset", layout, without=kind) for kind, layout in zip(KINDS, ("new", "old", "new"))),
-            Scene("too little time", "old", public, 6, short=.3, params=late), *([Scene(f"{mutants} mutated files", "new", mutants, 7, ("mutated",)*mutants)] if mutants else [])]
+            Scene("too little time", "old", public, 6, short=.15, params=late), *([Scene(f"{mutants} mutated files", "new", mutants, 7, ("mutated",)*mutants)] if mutants else [])]
 
 # %% ../nbs/38_rehearse.ipynb #56d4aca5
 def quick_scenes(
