@@ -177,7 +177,7 @@ def join_units(
     labels:pd.DataFrame, # `labels`: level, unit_id, label, value
     cls_preds:pd.DataFrame, # final `cls_preds`, one row a unit and label
     units=None, # ids that must have a prediction; None: those that have one count, and no others
-)->pd.DataFrame: # level, unit_id, label, value (0, 1), prob; NaN labels left out
+)->pd.DataFrame: # level, unit_id, label, value (0, 1), prob, in the order of the predictions; NaN labels left out
     "Labels and predictions side by side."
     key = ["level", "unit_id", "label"]
     _check_columns(labels, "labels", key+["value"])
@@ -187,11 +187,11 @@ def join_units(
     if twice.any(): raise ValueError(f"cls_preds: {cls_preds.loc[twice, key].iloc[0].to_dict()} is predicted more than once; average the runs first (cxrkit.blend.mean_predictions)")
     known = labels.dropna(subset="value")
     if units is not None: known = known[known["unit_id"].isin(units)]
-    out = known[key+["value"]].merge(cls_preds[key].assign(prob=prob), on=key, how="inner" if units is None else "left")
+    out = known[key+["value"]].merge(cls_preds[key].assign(prob=prob, row=np.arange(len(prob))), on=key, how="inner" if units is None else "left")
     if out["prob"].isna().any():
         lost = out[out["prob"].isna()]
         raise ValueError(f"cls_preds: {len(lost)} of {len(out)} labelled units have no prediction, such as {lost.iloc[0][key].to_dict()}; was the last batch dropped?")
-    return out
+    return out.sort_values("row", kind="stable", ignore_index=True).drop(columns="row")
 
 # %% ../nbs/12_metrics.ipynb #7baf2d5e
 def roc_auc(

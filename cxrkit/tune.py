@@ -151,7 +151,7 @@ def unit_values(
     key = ["level", "unit_id", "label"]
     mine = final[(final["level"] == level) & (final["label"] == label)]
     known = trials.oof.labels[(trials.oof.labels["level"] == level) & (trials.oof.labels["label"] == label)].dropna(subset="value")
-    rows = known[key+["value"]].merge(mine[key+["prob"]], on=key)
+    rows = mine[key+["prob"]].merge(known[key+["value"]], on=key)
     values, probs, out = rows["value"].to_numpy(), rows["prob"].to_numpy(), []
     for mask in subsets(trials.parts(rows["unit_id"]), trials.n_parts):
         try: out.append(function(values[mask], probs[mask]) if (values[mask] == 1).any() else np.nan)

@@ -252,6 +252,15 @@ def test_siim_score_is_the_mean_over_labels_of_pooled_ap():
     assert result.table.value.tolist() == pytest.approx(want, abs=1e-12) and result.overall == pytest.approx(np.mean(want), abs=1e-12)
 
 
+def test_equal_probabilities_rank_in_the_order_of_the_predictions():
+    labels, boxes = mini_truth()
+    preds = labels.drop(columns="value").assign(prob=.5).sample(frac=1, random_state=3)
+    table = score(SPEC, labels, boxes, preds, boxes.assign(score=1.)).table.set_index("label").value
+    for name in ("negative", "typical", "none"):
+        t, p = labels[labels.label == name], preds[preds.label == name]
+        assert table[name] == average_precision(cls_as_boxes(t), cls_as_boxes(p)).ap[0]
+
+
 def test_units_not_annotated_do_not_count():
     labels, boxes = mini_truth()
     preds = labels.rename(columns={"value": "prob"})

@@ -20,15 +20,15 @@ SPEC = SimpleNamespace(name="siim", labels={"study": ("negative", "typical"), "i
 SAMPLE = pd.DataFrame({"id": ["s1_study", "s2_study", "a_image", "b_image"], "PredictionString": ["negative 1 0 0 1 1"]*2+["none 1 0 0 1 1"]*2})
 
 
-def world(n=60, seed=0):
-    "Wide images, true boxes off the diagonal and off the centre, and a fair detector of two runs."
+def world(n=60, seed=0, shy=False):
+    "Wide images, true boxes off the diagonal and off the centre, and a fair detector of two runs; a shy one gives true boxes low scores and false ones lower, as trained detectors do."
     rng = np.random.default_rng(seed)
     images = pd.DataFrame({"image_id": [f"i{k}" for k in range(n)], "study_id": [f"s{k}" for k in range(n)], "patient_id": [f"p{k}" for k in range(n)], "height": 400, "width": 900})
     corner = np.stack([rng.uniform(500, 640, n), rng.uniform(20, 120, n)], 1)
     truth = pd.DataFrame(np.concatenate([corner, corner+[210, 130]], 1), columns=SIDES).assign(image_id=images.image_id, label="opacity")
     def run(name):
-        found = truth.assign(score=rng.uniform(.05, .95, n), **{c: truth[c]+rng.normal(0, 8, n) for c in SIDES})
-        false = found.assign(score=rng.uniform(.01, .6, n), x1=found.x1-400, x2=found.x2-400)
+        found = truth.assign(score=rng.beta(2, 4, n) if shy else rng.uniform(.05, .95, n), **{c: truth[c]+rng.normal(0, 8, n) for c in SIDES})
+        false = found.assign(score=rng.beta(1, 9, n) if shy else rng.uniform(.01, .6, n), x1=found.x1-400, x2=found.x2-400)
         return pd.concat([found, false]).assign(run_id=name, fold=0)
     return images, truth, pd.concat([run("a"), run("b")], ignore_index=True)
 
@@ -97,13 +97,14 @@ def test_guard_10_boxes_clipped_to_another_image():
 
 
 def test_guard_11_skip_threshold_and_fusion_of_a_single_model():
-    images, truth, preds = world()
+    "The log: .2495 with NMS of one model, .0929 with WBF of it and skip .43."
+    images, truth, preds = world(shy=True)
     with pytest.warns(UserWarning, match=r"skip=0.43 leaves out \d+ of 240 boxes before fusing; low-scored boxes carry much of the average precision"): skipped = fuse_boxes(preds, "wbf", .5, skip=.43)
     with pytest.warns(UserWarning, match="wbf of a single source moves its boxes towards their worse neighbours"): fuse_boxes(preds[preds.run_id == "a"], "wbf", .5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         full = fuse_boxes(preds, "wbf", .5) # the default skips nothing
-    assert pooled(skipped, truth) < pooled(full, truth)-.04
+    assert pooled(skipped, truth) < pooled(full, truth)/2 and pooled(full, truth) > .8
     counts = count_boxes(preds, skipped)
     assert counts.n_in.sum() == 240 and counts.n_out.sum() < count_boxes(preds, full).n_out.sum()
 
@@ -187,14 +188,14 @@ def test_guard_42_a_gap_unlike_the_others(tmp_path):
 
 
 def test_guard_45_a_rule_is_adopted_only_if_it_helps_other_patients():
-    images, truth, preds = world()
+    images, truth, preds = world(shy=True)
     oof = OutOfFold(images, pd.DataFrame(columns=["level", "unit_id", "label", "value"]), truth, pd.DataFrame(columns=["run_id", "fold", "level", "unit_id", "label", "prob"]), preds)
     spec = SimpleNamespace(**{**vars(SPEC), "labels": {}})
     start = Recipe(method="wbf", iou=.5)
     result = tune_blend(oof, spec, {"scale": [1., .5, 2.], "skip": [0., .43]}, start, n_parts=3, progress=False)
     assert result.recipe == start and "nothing tried here is better than the start" in result.verdict
     effects = result.effects.set_index(["field", "value"]).difference
-    assert effects["scale", .5] < -.1 and effects["skip", .43] < -.04
+    assert effects["scale", .5] < -.5 and effects["skip", .43] < -.4
 
 
 def test_external_boxes_of_a_resized_image_are_refused():
