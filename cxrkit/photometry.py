@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GreyTags', 'stored_values', 'over_patterns', 'look_up', 'modality_values', 'window_shape', 'voi_values', 'Policy',
-           'as_policy', 'Sampling', 'padding_mask', 'stored_extremes', 'stored_range', 'ends_of_curve', 'grey_table',
-           'as_size', 'apply_table', 'equalise']
+           'as_policy', 'Sampling', 'padding_mask', 'plain_code', 'stored_extremes', 'stored_range', 'ends_of_curve',
+           'grey_table', 'as_size', 'apply_table', 'equalise']
 
 # %% ../nbs/05_photometry.ipynb #6526c3a4
 from dataclasses import dataclass, fields
@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 import cv2
 import numpy as np
 
-from .area import area_means, extremes, grid_means, look_up_all
+from .area import area_means, extremes, grid_means, look_up_all, plain_extremes
 
 # %% ../nbs/05_photometry.ipynb #4e840356
 @dataclass(frozen=True)
@@ -146,20 +146,29 @@ def padding_mask(
     return None if tags.padding is None else (stored < tags.padding[0]) | (stored > tags.padding[1])
 
 
+def plain_code(
+    tags:GreyTags, # what the file says
+)->tuple[np.int32, np.int32]: # (offset, mask), see `cxrkit.area.value_of`
+    "What turns a pattern into its stored value without a table."
+    return np.int32((1 << tags.bits-1) if tags.signed else 0), np.int32((1 << tags.bits)-1)
+
+# %% ../nbs/05_photometry.ipynb #04875f6e
 def stored_extremes(
     raw:np.ndarray, # (h,w) raw patterns, uint8 or uint16
     tags:GreyTags, # what the file says
     stored:np.ndarray, # (2**bits,) stored values
 )->tuple[int, int]: # lowest and highest stored value that is image
     "The extremes of an image; a plain unsigned one, the common case, goes to OpenCV."
-    if tags.padding is None and not tags.signed:
+    inside = padding_mask(tags, stored)
+    if inside is not None:
+        low, high = extremes(raw, over_patterns(stored, raw), over_patterns(inside, raw))
+        return (low, high) if low <= high else (0, 0)
+    if not tags.signed:
         low, high, *_ = cv2.minMaxLoc(raw)
         if high < 1 << tags.bits: return int(low), int(high)
-    inside = padding_mask(tags, stored)
-    low, high = extremes(raw, over_patterns(stored, raw), over_patterns(np.ones(len(stored), bool) if inside is None else inside, raw))
-    return (low, high) if low <= high else (0, 0)
+    return plain_extremes(raw, *plain_code(tags))
 
-# %% ../nbs/05_photometry.ipynb #04875f6e
+# %% ../nbs/05_photometry.ipynb #e0fd9503
 def stored_range(
     raw:np.ndarray, # (h,w) raw patterns, uint8 or uint16
     tags:GreyTags, # what the file says
@@ -170,11 +179,12 @@ def stored_range(
     "The stored values that become black and white, before modality and VOI."
     if policy.scaling == "percentile":
         inside = padding_mask(tags, stored)
-        means = grid_means(raw, over_patterns(stored, raw), None if inside is None else over_patterns(inside, raw), sampling.extent, sampling.scale, sampling.offset)
+        values, counts = (plain_code(tags), None) if inside is None else (over_patterns(stored, raw), over_patterns(inside, raw))
+        means = grid_means(raw, values, counts, sampling.extent, sampling.scale, sampling.offset)
         if len(means): return tuple(float(v) for v in np.percentile(means, (policy.low, policy.high)))
     return stored_extremes(raw, tags, stored)
 
-# %% ../nbs/05_photometry.ipynb #c3c5b5b7
+# %% ../nbs/05_photometry.ipynb #95f5ba03
 def ends_of_curve(
     stored:np.ndarray, # (2**bits,) stored values
     curve:np.ndarray, # (2**bits,) their presentation
@@ -190,7 +200,7 @@ def ends_of_curve(
     a, b = np.interp([low, high], np.roll(stored, -start), np.roll(curve, -start))
     return min(a, b), max(a, b)
 
-# %% ../nbs/05_photometry.ipynb #95f5ba03
+# %% ../nbs/05_photometry.ipynb #7baf2d5e
 def grey_table(
     raw:np.ndarray, # (h,w) raw patterns, uint8 or uint16; only read for their range
     tags:GreyTags, # what the file says
@@ -209,7 +219,7 @@ def grey_table(
     if tags.padding is not None: curve = np.where(padding_mask(tags, stored), curve, 0)
     return over_patterns((curve*255).astype(np.float32), raw)
 
-# %% ../nbs/05_photometry.ipynb #614e38ed
+# %% ../nbs/05_photometry.ipynb #4243d3ea
 def as_size(
     size:"int|tuple[int,int]", # n means (n, n)
 )->tuple[int, int]: # (height, width)
@@ -234,7 +244,7 @@ def apply_table(
     else: out = area_means(raw, table, small, sampling.extent, sampling.scale, sampling.offset)
     return out if size is None or size == out.shape else cv2.resize(out, size[::-1], interpolation=cv2.INTER_LINEAR)
 
-# %% ../nbs/05_photometry.ipynb #4243d3ea
+# %% ../nbs/05_photometry.ipynb #47d09d50
 def equalise(
     image:np.ndarray, # (h,w) uint8
     clip:float, # CLAHE's clip limit, 0 is off

@@ -81,8 +81,8 @@ def locate_frame(
 )->memoryview|None: # its code stream, or None: the pixels are not compressed
     "Find a frame by what is there, not by what the header calls it."
     if header.length < 0: return compressed_frame(data, header, index)
-    head = bytes(data[header.start:header.start+4])
-    if header.syntax in ("implicit", "explicit", "big-endian", "deflated", ""): return None
+    head, needed = bytes(data[header.start:header.start+4]), header.rows*header.columns*header.samples*header.allocated//8
+    if header.syntax in ("implicit", "explicit", "big-endian", "deflated", "") and header.length >= needed: return None
     if head == b"\xfe\xff\x00\xe0": return compressed_frame(data, header, index)
     if head[:3] == b"\xff\xd8\xff" or head == b"\xff\x4f\xff\x51": return data[header.start:header.start+header.length]
     return None

@@ -178,6 +178,21 @@ def test_the_two_monochrome_readings_are_inverses(bits, signed, scaling, voi, se
     np.testing.assert_allclose(tables[0]+tables[1], 255, atol=1e-4)
 
 
+@given(bits=st.integers(1, 16), signed=st.booleans(), wide=st.booleans(), seed=st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_values_by_arithmetic_equal_those_of_the_table(bits, signed, wide, seed):
+    "Unused bits set at random, sizes that no cell divides; bit for bit."
+    from cxrkit.area import extremes, grid_means, plain_extremes
+    from cxrkit.photometry import plain_code, stored_extremes
+    rng = np.random.default_rng(seed)
+    raw = rng.integers(0, 65536 if wide else 256, rng.integers(1, 300, 2)).astype(np.uint16 if wide else np.uint8)
+    tags = GreyTags(bits, signed)
+    table = over_patterns(stored_values(tags), raw)
+    np.testing.assert_array_equal(grid_means(raw, plain_code(tags)), grid_means(raw, table))
+    expected = table[raw].min(), table[raw].max()
+    assert plain_extremes(raw, *plain_code(tags)) == expected == extremes(raw, table, np.ones(len(table), bool)) == stored_extremes(raw, tags, stored_values(tags))
+
+
 def test_several_windows_and_luts_are_chosen_by_number(tmp_path):
     path = write_dicom(tmp_path/"a.dcm", phantom(), "explicit", 12, {"WindowCenter": [2000, 500], "WindowWidth": [4000, 200]})
     first, second = (read_radiograph(path, policy=Policy("window", index=i)) for i in (0, 1))
@@ -217,14 +232,14 @@ def test_nonsense_rescale_is_refused(tmp_path):
     with pytest.raises(UnreadableImage, match="expected a finite slope"): read_radiograph(path)
 
 
-@pytest.mark.parametrize("mode", ["grey", "grey alpha", "rgb", "rgba", "palette", "grey 16", "rgb 16", "jpg", "jpg rgb"])
+@pytest.mark.parametrize("mode", ["grey", "grey alpha", "rgb", "rgba", "palette", "grey 16", "rgb 16", "rgba 16", "jpg", "jpg rgb"])
 def test_pictures_of_every_kind_become_the_same_grey(tmp_path, mode):
     from PIL import Image
     grey = phantom(bits=8)
     path = tmp_path/("a.jpg" if "jpg" in mode else "a.png")
     if "16" in mode:
         wide = grey.astype(np.uint16)*257
-        cv2.imwrite(str(path), wide if mode == "grey 16" else cv2.merge([wide]*3))
+        cv2.imwrite(str(path), wide if mode == "grey 16" else cv2.merge([wide]*3+[np.full_like(wide, 65535)]*(mode == "rgba 16")))
     else:
         kind = {"grey": "L", "grey alpha": "LA", "rgb": "RGB", "rgba": "RGBA", "palette": "P", "jpg": "L", "jpg rgb": "RGB"}[mode]
         Image.fromarray(grey).convert(kind).save(path, **({"quality": 100, "subsampling": 0} if "jpg" in mode else {}))
@@ -300,6 +315,31 @@ def test_uncompressed_elements_decide_whether_they_name_their_type(tmp_path):
         assert "its elements" in p.notes[0]
 
 
+@pytest.mark.parametrize("syntax", ["j2k", "jpeg-lossless", "rle"])
+@pytest.mark.parametrize("claimed", ["explicit", "implicit"])
+def test_compressed_pixels_in_a_file_that_says_uncompressed(tmp_path, syntax, claimed):
+    "The pixel data's own magic decides, in items as in one plain value, and says so."
+    image = phantom()
+    data = write_dicom(tmp_path/"a.dcm", image, syntax, 12).read_bytes()
+    uid = SYNTAXES[syntax].encode()
+    lie = data.replace(uid+b"\0"*(len(uid) % 2), SYNTAXES[claimed].encode().ljust(len(uid)+len(uid) % 2, b"\0"), 1)
+    (tmp_path/"b.dcm").write_bytes(lie)
+    p = read_pixels(tmp_path/"b.dcm")
+    np.testing.assert_array_equal(stored_image(p), image)
+    assert any(f"the header says {claimed}, the pixel data is {syntax}" in n for n in p.notes)
+
+
+def test_a_stream_without_items_is_read_by_its_magic(tmp_path):
+    image = phantom()
+    path = write_dicom(tmp_path/"a.dcm", image, "explicit", 12)
+    ds, stream = pydicom.dcmread(path), encode_frame(image, "j2k", 12)
+    ds.PixelData = stream+b"\0"*(len(stream) % 2)
+    ds.save_as(path)
+    p = read_pixels(path)
+    np.testing.assert_array_equal(stored_image(p), image)
+    assert p.notes == ("the header says explicit, the pixel data is j2k",)
+
+
 def test_nested_sequences_and_private_elements_are_skipped(tmp_path):
     image = phantom()
     path = write_dicom(tmp_path/"a.dcm", image, "explicit", 12)
@@ -331,6 +371,34 @@ def test_fallback_to_pydicom_is_used_and_reported(tmp_path, monkeypatch):
     try: pydicom.dcmread(broken).pixel_array
     except Exception:
         with pytest.raises(UnreadableImage, match="no decoder could read it"): read_pixels(broken)
+
+
+@pytest.mark.parametrize("syntax", [s for s in SYNTAXES if s not in ("implicit", "explicit", "big-endian", "deflated")])
+def test_every_syntax_without_its_fast_library_is_decoded_by_pydicom_or_refused(tmp_path, monkeypatch, syntax):
+    "No imagecodecs, no OpenCV for JPEG, no OpenJPEG: the same pixels from pydicom and its plug-ins, or a reason; and the report names who decoded."
+    import cxrkit.codecs as codecs
+    import cxrkit.losslessjpeg as lossless
+    def missing(*args, **options): raise codecs.CodecFailed("no fast library")
+    image = phantom(300, 400, bits=8 if syntax == "jpeg" else 12)
+    path = write_dicom(tmp_path/"a.dcm", image, syntax, 8 if syntax == "jpeg" else 12)
+    fast = read_pixels(path)
+    for name in ("_imagecodecs", "decode_jpeg8", "decode_openjpeg"): monkeypatch.setattr(codecs, name, missing)
+    monkeypatch.setattr(codecs, "openjpeg", lambda: None)
+    monkeypatch.setattr(lossless, "decode_lossless", lambda data: None)
+    try: p = read_pixels(path)
+    except UnreadableImage as e:
+        assert "no decoder could read it: no fast library; pydicom: " in str(e) and syntax in ("htj2k", "htj2k-lossy", "jpeg-extended")
+        return
+    assert p.decoder == "pydicom" and "pydicom decoded it" in p.notes[-1] and fast.decoder != "pydicom"
+    np.testing.assert_array_equal(stored_image(p), stored_image(fast))
+    assert read_radiographs(path, [(32, 32)], Policy(detail="fast"))[1].reduced == 1
+
+
+@pytest.mark.parametrize("scaling", ["minmax", "percentile", "window"])
+def test_the_two_monochrome_files_are_inverses(tmp_path, scaling):
+    image, tags = phantom(120, 160), {"WindowCenter": 2000, "WindowWidth": 3000}
+    one, two = (read_radiograph(write_dicom(tmp_path/f"{n}.dcm", image, "jpeg-lossless", 12, tags | {"PhotometricInterpretation": f"MONOCHROME{n}"}), (50, 70), scaling) for n in (1, 2))
+    assert np.abs(one.astype(int)+two-255).max() <= 1 and one.std() > 20
 
 
 @given(h=st.integers(2, 90), w=st.integers(2, 90), th=st.integers(1, 120), tw=st.integers(1, 120))

@@ -209,6 +209,57 @@ def test_damaged_cache_files_are_noticed(tmp_path, files):
         with pytest.raises(ValueError, match=message): cache[i]
 
 
+def test_a_cache_says_how_it_was_made(tmp_path, files, capsys):
+    "cache.json: policy, sizes, decoders, versions and a hash of the sources; decoded.csv: who decoded each file; a bar with files/s and time left."
+    policy = Policy("window", clahe=2., detail="fast")
+    build_cache(table(files), tmp_path/"a", [40, 24], policy=policy, workers=1, backend="thread")
+    assert "file/s" in (shown := capsys.readouterr().err) and "15/15" in shown and "<" in shown
+    info, decoded = json.loads((tmp_path/"a/cache.json").read_text()), pd.read_csv(tmp_path/"a/decoded.csv")
+    assert info["policy"] == vars(policy) == open_cache(tmp_path/"a").policy and info["sizes"] == [[40, 40], [24, 24]] and (info["n_cached"], info["n_failed"]) == (15, 0)
+    assert info["decoders"] == decoded.decoder.value_counts().to_dict() and info["decoders"]["cxrkit.losslessjpeg"] == 2
+    assert info["versions"]["numpy"] == np.__version__ and len(info["source"]) == 64
+    build_cache(table(files), tmp_path/"b", 32, **QUICK)
+    assert json.loads((tmp_path/"b/cache.json").read_text())["source"] == info["source"], "the same files, made into something else"
+
+
+def test_several_sizes_come_from_one_decode(tmp_path, files, monkeypatch):
+    import cxrkit.radiograph as radiograph
+    read, calls = radiograph.read_pixels, []
+    monkeypatch.setattr(radiograph, "read_pixels", lambda *a: calls.append(a) or read(*a))
+    build_cache(table(files[:5]), tmp_path/"c", [48, 32, (20, 30)], **QUICK)
+    assert len(calls) == 5
+
+
+def test_crops_are_windows_of_the_original(tmp_path, files):
+    "The cached window is the window of the image, with its own size in the table; boxes go along and come back."
+    from cxrkit.dicom import boxes_from_crop, boxes_to_crop, crop_windows
+    images = table(files[:3])
+    whole = build_cache(images, tmp_path/"whole", None, policy="minmax", **QUICK)
+    lungs = pd.DataFrame([dict(image_id=i, x1=20, y1=10, x2=60, y2=50) for i in images.image_id])
+    crops = crop_windows(lungs, whole, margin=.1)
+    inner = build_cache(images, tmp_path/"crop", None, policy=Policy("minmax"), crops=crops, **QUICK)
+    cache = open_cache(tmp_path/"crop")
+    assert crops[["x1", "y1", "x2", "y2"]].iloc[0].tolist() == [16, 6, 64, 54] and inner[["height", "width"]].to_numpy().tolist() == [[48, 48]]*3
+    pd.testing.assert_frame_equal(cache.crops[["image_id", "x1", "y1", "x2", "y2"]], crops, check_dtype=False)
+    cut, full = cache["0-explicit"].astype(float), open_cache(tmp_path/"whole")["0-explicit"][6:54, 16:64].astype(float)
+    assert np.corrcoef(cut.ravel(), full.ravel())[0, 1] > .999 and cut.max() == 255 and cut.min() == 0
+    boxes = pd.DataFrame([dict(image_id="0-explicit", label="opacity", x1=30., y1=20., x2=40., y2=45.)])
+    moved = boxes_to_crop(boxes, cache.crops)
+    assert moved[["x1", "y1", "x2", "y2"]].iloc[0].tolist() == [14, 14, 24, 39]
+    assert boxes_from_crop(moved, cache.crops)[["x1", "y1", "x2", "y2"]].iloc[0].tolist() == [30, 20, 40, 45]
+    with pytest.raises(ValueError, match="holds another cache .*crops"): build_cache(images, tmp_path/"crop", None, policy="minmax", **QUICK)
+
+
+def test_a_decoder_that_crashes_takes_only_its_worker(tmp_path, files, monkeypatch):
+    "A decoding library that writes where it must not: its file is listed, all others are cached."
+    (tmp_path/"imagecodecs.py").write_text("import ctypes\ndef jpegls_decode(data): ctypes.string_at(0)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    cached = build_cache(table(files), tmp_path/"c", 32, workers=2, progress=False)
+    failures = pd.read_csv(tmp_path/"c/failures.csv").set_index("image_id").reason
+    assert failures[["4-jpeg-ls", "11-jpeg-ls"]].tolist() == ["the decoder crashed its worker (SIGSEGV)"]*2
+    assert {"0-explicit", "3-jpeg-lossless", "12-j2k", "14-png"} <= set(cached.image_id) and len(cached)+len(failures) == 15
+
+
 # --- hostile files
 
 def reason(path, **options):
@@ -251,6 +302,14 @@ def test_hostile_dimensions_cost_nothing(tmp_path):
     (tmp_path/"b.png").write_bytes(png)
     assert "claims 65535 × 65535 pixels" in reason(tmp_path/"b.png")
     assert "claims 65535 × 65535 pixels" in reason(write_dicom(tmp_path/"c.dcm", image, "j2k", 12, stream=bytes(j2k)))
+    for syntax in ("jpeg", "jpeg-extended", "jpeg-lossless", "jpeg-ls", "htj2k"):
+        pixels = (image >> 4).astype(np.uint8) if syntax == "jpeg" else image
+        stream = bytearray(encode_frame(pixels, syntax, 8 if syntax == "jpeg" else 12))
+        if syntax == "htj2k": stream[8:16] = struct.pack(">II", 65535, 65535)
+        else:
+            at = stream.index(struct.pack(">HH", *image.shape)) # of the frame header
+            stream[at:at+4] = struct.pack(">HH", 65535, 65535)
+        assert "claims 65535 × 65535 pixels" in reason(write_dicom(tmp_path/"d.dcm", pixels, syntax, 12, stream=bytes(stream))), syntax
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 3 << 20 # kilobytes
 
 
