@@ -77,14 +77,14 @@ def stream(networks, n, seconds=600., pause=0., batch_size=4, chunk=4):
     return form, count, sample
 
 
-def test_guard_15_library_versions_clash(models):
+def test_guard_15_library_versions_clash_when_submitting(models):
     "timm and effdet of another release flatten features or move heads: refused before a weight is loaded."
     with pytest.raises(NotReady, match=r"effdet: trained with .*, here is 0\.3\.0"): open_models(models, here() | {"effdet": "0.3.0"})
     with pytest.raises(NotReady, match=r"timm: trained with .*, here is 0\.6\.13"): check_versions(read_manifest(models), here() | {"timm": "0.6.13"})
     with pytest.raises(NotReady, match="here is none"): check_versions(read_manifest(models), {k: v for k, v in here().items() if k != "effdet"})
 
 
-def test_guard_16_submitted_without_tta(models, networks):
+def test_guard_16_submitted_without_tta_when_submitting(models, networks):
     "The submission uses the views of the manifest, and prints them with hashes and the expected score before it starts."
     told = tell_models(read_manifest(models))
     assert "expected siim_map 0.4000" in told and told.count(" 2   0.4000") == 6
@@ -100,7 +100,7 @@ def test_guard_17_classifier_trained_at_384_fed_512(models, networks):
     with pytest.raises(ValueError, match=r"size: the manifest says \[512, 512\], the network has \[96, 96\]"): check_task(networks[0][0] | {"size": [512, 512]}, networks[1][0][networks[0][0]["run"]])
 
 
-def test_guard_18_one_of_two_models_at_another_size(networks):
+def test_guard_18_one_of_two_models_at_another_size_when_submitting(networks):
     "Each model gets the images of its own size; an image of another size is a reason, not a prediction."
     from cxrkit.inference import predict_isolated
     entries, tasks = networks
@@ -117,7 +117,7 @@ def test_guard_19_folds_left_at_zero(models):
     with pytest.raises(NotReady, match="study: packed are folds 0, the expected score is of folds 0, 1"): open_models(models, here())
 
 
-def test_guard_21_duplicate_studies(tmp_path):
+def test_guard_21_duplicate_studies_when_submitting(tmp_path):
     "An id asked for twice, and a study answered twice."
     root = write_competition(tmp_path/"data")
     sample = read_sample(root)
@@ -151,7 +151,7 @@ def test_guard_32_wheels_for_another_python():
     with pytest.raises(NotReady, match=r"pydicom>=3\.0: assumed to be in the image, but it has 2\.4\.4"): check_image({"assumed": {"pydicom": ">=3.0"}}, {}, {"pydicom": "2.4.4"})
 
 
-def test_guard_33_index_becomes_a_column(tmp_path):
+def test_guard_33_index_becomes_a_column_when_submitting(tmp_path):
     "The form is saved without an index; a file with one is refused."
     root = write_competition(tmp_path/"data")
     form = Answers(read_sample(root), SPEC)
@@ -186,7 +186,7 @@ def test_guard_37_network_built_by_another_library(models):
     with pytest.raises(ValueError, match="does not fit Classifier|missing|shape"): load_models(manifest["models"][:1], files, find_devices("cpu"))
 
 
-def test_guard_41_extra_column(tmp_path):
+def test_guard_41_extra_column_when_submitting(tmp_path):
     "A column file_path that some helper left in the table."
     root = write_competition(tmp_path/"data")
     form = Answers(read_sample(root), SPEC)

@@ -46,7 +46,7 @@ def chests(n=8, size=(96, 128)):
     return images, cache, pd.DataFrame(truth, columns=['image_id', 'label', *BOX])
 
 
-def test_guard_09_tta_boxes_not_flipped_back():
+def test_guard_09_tta_boxes_not_flipped_back_when_training():
     "AP .2523 with one view became .0720 with eight."
     images, cache, truth = chests()
     rows = predict_views(Finder((96, 128)), images, cache, 'identity hflip')
@@ -74,7 +74,7 @@ def test_guard_10_clip_to_512_at_size_1024():
     assert rows[BOX].to_numpy().tolist() == [[268, 424, 768, 1024]], 'the size comes from the image'
 
 
-def test_guard_16_submitted_without_tta(tmp_path):
+def test_guard_16_submitted_without_tta_when_training(tmp_path):
     "The submission used one view; nothing said so."
     train(tmp_path, epochs=2)
     card = prediction_card(tmp_path/'model.safetensors', 'identity')
@@ -100,7 +100,7 @@ def test_guard_22_seeds_not_fixed_conclusion_from_noise(tmp_path):
     assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
 
 
-def test_guard_26_teacher_without_annotation():
+def test_guard_26_teacher_without_annotation_when_training():
     "The teacher was given the student's image."
     from cxrkit.classifier import ClassifierConfig, DistilledClassifier, build_classifier
     student, teacher = (build_classifier(ClassifierConfig('test_efficientnet', (64, 64), ('a', 'b'))) for _ in range(2))

@@ -200,7 +200,7 @@ def test_guard_25_one_row_an_image():
 
 # ---- 26, 39: teacher and student
 
-def test_guard_26_teacher_without_annotation():
+def test_guard_26_teacher_without_annotation_in_models():
     student, teacher = build_classifier(STUDY), build_classifier(STUDY)
     pair = DistilledClassifier(student, teacher)
     with pytest.raises(ValueError, match="teacher and student see the same image"): pair({**batch(), **{"image": (b := batch())["image"], "teacher_image": b["image"].clone()}})

@@ -57,7 +57,7 @@ def test_guard_17_classifier_trained_at_384_and_fed_512(images, tmp_path):
     with pytest.raises(ValueError, match="expected size 384x384, the cache holds 512x512; images are never rescaled silently"): open_cache(tmp_path/"c", 384)
 
 
-def test_guard_18_one_of_two_models_at_another_size(images, tmp_path):
+def test_guard_18_one_of_two_models_at_another_size_in_the_cache(images, tmp_path):
     "LB .393 instead of .399: one model of the ensemble ran at 384 instead of 512. With both sizes in the cache each model asks for its own."
     built(images, tmp_path/"c", [384, (512, 640)])
     assert open_cache(tmp_path/"c", 384)["i0"].shape == (384, 384)

@@ -72,7 +72,7 @@ def paint(images: pd.DataFrame, boxes: pd.DataFrame) -> dict:
     return cache
 
 
-def test_guard_09_tta_boxes_not_flipped_back(project, monkeypatch):
+def test_guard_09_tta_boxes_not_flipped_back_when_packaging(project, monkeypatch):
     "The packed weights, predicted with the packed views by code that forgets to flip the boxes back, are not worth what the ledger says."
     import cxrkit.dicom, cxrkit.predict
     manifest, spec = project["manifest"], load_spec("toy")
@@ -90,7 +90,7 @@ def test_guard_09_tta_boxes_not_flipped_back(project, monkeypatch):
     with pytest.raises(PackageError, match=r"not worth what the ledger says .opacity fold 0: ledger 0\.\d+|ledger 1\.0+, from weights 0\.\d+"): again(table.assign(ledger=honest.from_weights))
 
 
-def test_guard_15_library_versions_clash(tmp_path):
+def test_guard_15_library_versions_clash_when_packaging(tmp_path):
     "effdet wants another timm than the image has; and weights meet another effdet than they were trained with."
     wheel(tmp_path, "effdet", "0.4.1", "timm>=1.0.30")
     with pytest.raises(WheelError, match=r"effdet 0.4.1 depends on timm>=1.0.30: that would change the image's timm==1.0.26"):
@@ -98,7 +98,7 @@ def test_guard_15_library_versions_clash(tmp_path):
     assert version_gaps({"timm": "1.0.31", "effdet": "0.4.1"}, {"timm": "0.6.13", "effdet": "0.3.0"}) == ["effdet: trained with 0.4.1, here is 0.3.0", "timm: trained with 1.0.31, here is 0.6.13"]
 
 
-def test_guard_16_submitted_without_tta(project):
+def test_guard_16_submitted_without_tta_when_packaging(project):
     "Views are part of the package and are printed with hashes and the expected score; dropping them by hand breaks the fingerprint."
     said = tell_models(project["manifest"])
     entry = project["manifest"]["models"][0]

@@ -80,7 +80,7 @@ def test_guard_20_study_rows_left_at_the_default():
     with pytest.raises(ValueError, match="only: unknown label 'opacities'; expected some of negative"): siim.write(cls_preds, boxes, sample, only=("opacities",))
 
 
-def test_guard_21_duplicate_studies():
+def test_guard_21_duplicate_studies_in_folds():
     cls_preds, boxes, sample = predictions()
     with pytest.raises(TableError, match="one row per run_id"): siim.write(pd.concat([cls_preds, cls_preds.head(4)]), boxes, sample)
     two_runs = pd.concat([cls_preds, cls_preds.head(4).assign(run_id="another")])
@@ -107,7 +107,7 @@ def test_guard_25_patients_cross():
     with pytest.raises(FoldLeak, match="1 patients in several folds, such as p1"): audit_folds(rows, images)
 
 
-def test_guard_33_index_becomes_a_column(tmp_path):
+def test_guard_33_index_becomes_a_column_in_folds(tmp_path):
     cls_preds, boxes, sample = predictions()
     sample.to_csv(tmp_path/"sample.csv") # index and all
     with pytest.raises(ValueError, match=r"expected columns id, PredictionString and nothing else, got \['Unnamed: 0'"): siim.write(cls_preds, boxes, pd.read_csv(tmp_path/"sample.csv"))
@@ -125,7 +125,7 @@ def test_guard_34_resampled_before_the_split():
     with pytest.raises(FoldLeak, match="oversample after the split"): oversample(copies, 2, {})
 
 
-def test_guard_41_extra_column():
+def test_guard_41_extra_column_in_folds():
     cls_preds, boxes, sample = predictions()
     assert list(siim.write(cls_preds.assign(file_path="a.dcm"), boxes.assign(file_path="a.dcm"), sample).columns) == ["id", "PredictionString"]
     with pytest.raises(ValueError, match=re.escape("expected columns id, PredictionString and nothing else, got ['id', 'PredictionString', 'file_path']")):

@@ -130,7 +130,7 @@ def test_guard_20_study_rows_left_at_their_default():
     assert report.empty_rows == 2 and "negative" not in report
 
 
-def test_guard_21_duplicate_studies():
+def test_guard_21_duplicate_studies_in_scores():
     twice = pd.concat([SAMPLE, SAMPLE.iloc[[1]]])
     with pytest.raises(SubmissionError, match="ids: 1 rows repeat an id: 's2_study'; each id is answered once"): check_submission(twice, SAMPLE)
     with pytest.raises(SubmissionError, match=r"1 of the sample's 4 are missing \('s2_study'\)"): check_submission(SAMPLE.drop(1), SAMPLE)
