@@ -38,7 +38,7 @@ def read_images(
     images = sheet.assign(height=size.height.astype(int), width=size.width.astype(int), study_id=sheet.image_id,
                           path=[str(root/"png"/f"{i}.png") for i in sheet.image_id], split=sheet["split"] if "split" in sheet else "train")
     missing = [p for p in images.path if not Path(p).exists()]
-    if missing: warnings.warn(f"{len(missing)} of {len(images)} image files are missing, such as {missing[0]}; the tables are complete, a cache cannot be built", stacklevel=3)
+    if missing: warnings.warn(f"{len(missing)} of {len(images)} image files are missing, such as {missing[0]}; the tables are complete, a cache will lack them", stacklevel=3)
     return images[["image_id", "study_id", "patient_id", "path", "height", "width", "split", "rsna_class"]]
 
 # %% ../../nbs/comps/02_nih_rsna.ipynb #725b97b8

@@ -115,7 +115,7 @@ def read(
     boxes = pd.DataFrame(xywh_to_xyxy(drawn[CORNERS].to_numpy()), columns=["x1", "y1", "x2", "y2"])
     boxes.insert(0, "image_id", drawn.patientId.to_numpy())
     missing = [p for p in images.path if not Path(p).exists()]
-    if missing: warnings.warn(f"{len(missing)} of {len(images)} image files are missing, such as {missing[0]}; the tables are complete, a cache cannot be built", stacklevel=2)
+    if missing: warnings.warn(f"{len(missing)} of {len(images)} image files are missing, such as {missing[0]}; the tables are complete, a cache will lack them", stacklevel=2)
     return CompTables(check_table(images, "images"), check_table(labels, "labels"), check_table(boxes.assign(label="opacity", rater=None), "boxes"))
 
 # %% ../../nbs/comps/01_rsna_pneumonia.ipynb #04875f6e

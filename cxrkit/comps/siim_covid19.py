@@ -233,7 +233,7 @@ def read(
     if len(alone): raise ValueError(f"train_study_level.csv: {alone.nunique()} studies with images have no row there, such as {some(alone)}")
     labels = pd.concat([studies[studies.unit_id.isin(images.study_id)], image_labels], ignore_index=True)
     missing = [p for p in images.path if not Path(p).exists()]
-    if missing: warnings.warn(f"{len(missing)} of {len(images)} image files are missing, such as {missing[0]}; the tables are complete, a cache cannot be built", stacklevel=2)
+    if missing: warnings.warn(f"{len(missing)} of {len(images)} image files are missing, such as {missing[0]}; the tables are complete, a cache will lack them", stacklevel=2)
     return CompTables(check_table(images, "images"), check_table(labels, "labels"), check_table(boxes, "boxes"))
 
 # %% ../../nbs/comps/00_siim_covid19.ipynb #118407b9
