@@ -27,7 +27,10 @@ def test_every_guard_has_its_test():
 
 
 def test_no_test_hides_another():
-    "Two parts with a test of the same name would be one test here."
+    "Two parts with a test of one name would be one test here; a name equal to a fixture's would hide the fixture."
     from pathlib import Path
-    names = [name for part in PARTS for name in re.findall(r"^def (test_\w+)", (Path(__file__).parent/"guards"/f"{part}.py").read_text(), re.M)]
-    assert len(names) == len(set(names)), f"defined twice: {sorted({n for n in names if names.count(n) > 1})}"
+    texts = [(Path(__file__).parent/"guards"/f"{part}.py").read_text() for part in PARTS]
+    names = [name for text in texts for name in re.findall(r"^(?:def |class )?(\w+)(?:\(| ?=)", text, re.M)]
+    mine = {name for text in texts for name in re.findall(r"^def (test_\w+)", text, re.M)+re.findall(r"^@pytest\.fixture.*\ndef (\w+)", text, re.M)}
+    assert len(mine) > 100
+    assert not (twice := sorted(name for name in mine if names.count(name) > 1)), f"defined twice: {twice}"

@@ -20,7 +20,7 @@ STUDY = ClassifierConfig("test_efficientnet", SIZE, ("negative", "typical"))
 NAMES = ("opacity",)
 
 
-def images(n=8, height=400, width=600):
+def chest_images(n=8, height=400, width=600):
     ids = [f"i{k}" for k in range(n)]
     return pd.DataFrame({"image_id": ids, "study_id": ids, "patient_id": ids, "path": "x", "height": height, "width": width, "split": "train"})
 
@@ -46,26 +46,26 @@ def detector():
 def test_guard_01_labels_are_joined_by_id():
     labels = pd.DataFrame({"level": "image", "unit_id": [f"i{k}" for k in range(8)], "label": "opacity", "value": [float(k % 2) for k in range(8)]})
     shuffled = labels.sample(frac=1, random_state=1)                 # a position join would now be wrong
-    np.testing.assert_array_equal(label_targets(images(), shuffled, NAMES), label_targets(images(), labels, NAMES))
-    with pytest.raises(ValueError, match="8 of 8 image ids of the images have no label row"): label_targets(images(), labels.assign(unit_id=[f"t{k}" for k in range(8)]), NAMES)
+    np.testing.assert_array_equal(label_targets(chest_images(), shuffled, NAMES), label_targets(chest_images(), labels, NAMES))
+    with pytest.raises(ValueError, match="8 of 8 image ids of the images have no label row"): label_targets(chest_images(), labels.assign(unit_id=[f"t{k}" for k in range(8)]), NAMES)
 
 
 # ---- 2 to 4: normalisation
 
 def test_guard_02_validation_not_divided_by_255():
     "As made: training images are scaled to 0…1, validation images are not."
-    train = RadiographDataset(images(), cache(), SIZE, augment=A.Compose([A.Normalize(mean=0., std=1.)]))
+    train = RadiographDataset(chest_images(), cache(), SIZE, augment=A.Compose([A.Normalize(mean=0., std=1.)]))
     with pytest.raises(ValueError, match="expected uint8, got float32; leave normalisation .* to the task"): train[0]
-    scaled = RadiographDataset(images(), {k: (v/255).astype(np.uint8) for k, v in cache().items()}, SIZE)
-    with pytest.raises(ValueError, match="training and validation look different"): check_same_statistics(scaled, RadiographDataset(images(), cache(), SIZE))
+    scaled = RadiographDataset(chest_images(), {k: (v/255).astype(np.uint8) for k, v in cache().items()}, SIZE)
+    with pytest.raises(ValueError, match="training and validation look different"): check_same_statistics(scaled, RadiographDataset(chest_images(), cache(), SIZE))
     with pytest.raises(ValueError, match="expected uint8 images, got torch.float32"): build_classifier(STUDY)({**batch(), "image": batch()["image"]/255})
 
 
 def test_guard_03_normalize_in_validation_only():
-    train = RadiographDataset(images(), cache(), SIZE, augment="light")
-    valid = RadiographDataset(images(), cache(), SIZE, augment=A.Compose([A.Normalize()]))
+    train = RadiographDataset(chest_images(), cache(), SIZE, augment="light")
+    valid = RadiographDataset(chest_images(), cache(), SIZE, augment=A.Compose([A.Normalize()]))
     with pytest.raises(ValueError, match="leave normalisation"): check_same_statistics(train, valid)
-    check_same_statistics(train, RadiographDataset(images(), cache(), SIZE))
+    check_same_statistics(train, RadiographDataset(chest_images(), cache(), SIZE))
 
 
 def test_guard_04_normalisation_cannot_be_forgotten_and_travels_with_the_weights(tmp_path):
@@ -87,7 +87,7 @@ def test_guard_05_swapped_x_and_y(detector):
     detector({**pair, "boxes": [truth]})
     with pytest.raises(ValueError, match="were x and y swapped"): detector({**pair, "boxes": [truth[:, [1, 0, 3, 2]]]})
     with pytest.raises(ValueError, match="entirely outside their image.*swapped"):
-        RadiographDataset(images(), cache(), SIZE, boxes=boxes(("i0", "opacity", 30., 450., 100., 590.)), names=NAMES)   # x 450…590 of 600 written as y
+        RadiographDataset(chest_images(), cache(), SIZE, boxes=boxes(("i0", "opacity", 30., 450., 100., 590.)), names=NAMES)   # x 450…590 of 600 written as y
 
 
 def test_guard_05_truth_as_prediction_comes_back(detector):
@@ -135,8 +135,8 @@ def test_guard_07_another_version_returns_another_layout(monkeypatch, order):
 def test_guard_08_width_and_height_swapped():
     "As made: dim0 of a meta file was taken for the width."
     found = boxes(("i0", "opacity", 450., 30., 590., 100.))           # right edge of a 400 × 600 (height × width) image
-    np.testing.assert_allclose(network_boxes(images(), found, SIZE)[["x1", "y1", "x2", "y2"]].to_numpy(float), [[72, 4.8, 94.4, 16]], rtol=1e-5)
-    with pytest.raises(ValueError, match="entirely outside their image.*height and width, swapped"): network_boxes(images(height=600, width=400), found, SIZE)
+    np.testing.assert_allclose(network_boxes(chest_images(), found, SIZE)[["x1", "y1", "x2", "y2"]].to_numpy(float), [[72, 4.8, 94.4, 16]], rtol=1e-5)
+    with pytest.raises(ValueError, match="entirely outside their image.*height and width, swapped"): network_boxes(chest_images(height=600, width=400), found, SIZE)
 
 
 def test_guard_10_clipping_follows_the_size():
@@ -179,7 +179,7 @@ def test_guard_17_classifier_fed_another_size(tmp_path, trained, fed):
 
 
 def test_guard_18_larger_net_on_a_smaller_cache():
-    with pytest.raises(ValueError, match=r"expected images of \(128, 128\) .* got \(96, 96\)"): RadiographDataset(images(), cache(size=(96, 96)), 128)
+    with pytest.raises(ValueError, match=r"expected images of \(128, 128\) .* got \(96, 96\)"): RadiographDataset(chest_images(), cache(size=(96, 96)), 128)
 
 
 def test_guard_37_inference_builds_the_class_that_was_trained(tmp_path):
@@ -194,7 +194,7 @@ def test_guard_37_inference_builds_the_class_that_was_trained(tmp_path):
 # ---- 25: rows per box
 
 def test_guard_25_one_row_an_image():
-    per_box = images().loc[[0, 0, 1, 2]]
+    per_box = chest_images().loc[[0, 0, 1, 2]]
     with pytest.raises(ValueError, match="1 rows repeat an image, such as 'i0'; expected one row an image .is this a table with a row per box"): RadiographDataset(per_box, cache(), SIZE)
 
 
@@ -226,6 +226,6 @@ def test_guard_28_images_without_boxes(detector):
     strict = build_detector(replace(detector.config, min_score=.99))
     rows = strict.predict({"image": torch.zeros(2, 1, 128, 256, dtype=torch.uint8), "image_id": ["a", "b"]})
     assert len(rows) == 0
-    data = RadiographDataset(images(), cache(size=(128, 256)), (128, 256), boxes=boxes(("i0", "opacity", 10, 10, 100, 100)), names=NAMES, augment="strong")
+    data = RadiographDataset(chest_images(), cache(size=(128, 256)), (128, 256), boxes=boxes(("i0", "opacity", 10, 10, 100, 100)), names=NAMES, augment="strong")
     empty = collate([data[3], data[5]])
     assert [tuple(b.shape) for b in empty["boxes"]] == [(0, 4), (0, 4)] and detector(empty)["loss"].isfinite()
