@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['GreyTags', 'stored_values', 'over_patterns', 'look_up', 'modality_values', 'window_shape', 'voi_values', 'Policy',
-           'as_policy', 'Sampling', 'padding_mask', 'plain_code', 'stored_extremes', 'stored_range', 'ends_of_curve',
-           'grey_table', 'as_size', 'apply_table', 'equalise']
+           'as_policy', 'Sampling', 'padding_mask', 'plain_view', 'plain_code', 'stored_extremes', 'stored_range',
+           'ends_of_curve', 'scales_by_extremes', 'shaped_curve', 'grey_table', 'as_size', 'apply_table', 'equalise',
+           'shrink_by_extremes', 'make_greys']
 
-# %% ../nbs/05_photometry.ipynb #6526c3a4
+# %% ../nbs/05_photometry.ipynb #b89e841a
 from dataclasses import dataclass, fields
 
 import cv2
 import numpy as np
 
-from .area import area_means, extremes, grid_means, look_up_all, plain_extremes
+from .area import area_means, extremes, grid_means, look_up_all, plain_extremes, plain_means
 
 # %% ../nbs/05_photometry.ipynb #4e840356
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def as_policy(
     if unknown: raise ValueError(f"policy: unknown field(s) {', '.join(sorted(unknown))}; expected some of {', '.join(f.name for f in fields(Policy))}; was it recorded by another version of the kit?")
     return Policy(**policy)
 
-# %% ../nbs/05_photometry.ipynb #8e970e98
+# %% ../nbs/05_photometry.ipynb #df47c28b
 @dataclass(frozen=True)
 class Sampling:
     "How the samples at hand relate to the pixels of the file."
@@ -144,6 +145,15 @@ def padding_mask(
 )->np.ndarray|None: # (2**bits,) bool, True: image; None: no padding declared
     "Which stored values are image, not padding."
     return None if tags.padding is None else (stored < tags.padding[0]) | (stored > tags.padding[1])
+
+
+def plain_view(
+    raw:np.ndarray, # (h,w) raw patterns, uint8 or uint16
+    tags:GreyTags, # what the file says
+)->np.ndarray|None: # (h,w) the same memory, its numbers the stored values unless high bits are set; None: there is none
+    "An image as numbers whose extremes can be watched without a table."
+    if tags.padding is not None or tags.signed and tags.bits != 8*raw.itemsize: return None
+    return raw.view(f"i{raw.itemsize}") if tags.signed else raw
 
 
 def plain_code(
@@ -168,7 +178,7 @@ def stored_extremes(
         if high < 1 << tags.bits: return int(low), int(high)
     return plain_extremes(raw, *plain_code(tags))
 
-# %% ../nbs/05_photometry.ipynb #e0fd9503
+# %% ../nbs/05_photometry.ipynb #8c029b2b
 def stored_range(
     raw:np.ndarray, # (h,w) raw patterns, uint8 or uint16
     tags:GreyTags, # what the file says
@@ -178,9 +188,10 @@ def stored_range(
 )->tuple[float, float]: # stored values
     "The stored values that become black and white, before modality and VOI."
     if policy.scaling == "percentile":
-        inside = padding_mask(tags, stored)
-        values, counts = (plain_code(tags), None) if inside is None else (over_patterns(stored, raw), over_patterns(inside, raw))
-        means = grid_means(raw, values, counts, sampling.extent, sampling.scale, sampling.offset)
+        means, high = plain_means(view, sampling.extent, sampling.scale, sampling.offset) if (view := plain_view(raw, tags)) is not None else (None, 0)
+        if means is None or high > stored.max(): # padding, a sign bit among the others, or high bits set
+            inside = np.ones(len(stored), bool) if tags.padding is None else padding_mask(tags, stored)
+            means = grid_means(raw, over_patterns(stored, raw), over_patterns(inside, raw), sampling.extent, sampling.scale, sampling.offset)
         if len(means): return tuple(float(v) for v in np.percentile(means, (policy.low, policy.high)))
     return stored_extremes(raw, tags, stored)
 
@@ -200,7 +211,25 @@ def ends_of_curve(
     a, b = np.interp([low, high], np.roll(stored, -start), np.roll(curve, -start))
     return min(a, b), max(a, b)
 
-# %% ../nbs/05_photometry.ipynb #7baf2d5e
+# %% ../nbs/05_photometry.ipynb #92f22469
+def scales_by_extremes(
+    policy:Policy, # how to scale
+    tags:GreyTags, # what the file says
+)->bool: # True: the darkest and the brightest pixel decide, so every pixel counts
+    "Whether black and white are the extremes of the image."
+    return policy.scaling == "minmax" or policy.scaling == "window" and not (tags.voi_luts or tags.windows)
+
+
+def shaped_curve(
+    tags:GreyTags, # what the file says
+    policy:Policy, # how to scale
+)->tuple[np.ndarray, np.ndarray, bool]: # (2**bits,) stored values, (2**bits,) their presentation, True: already 0 … 1 for good
+    "Modality and VOI of every stored value."
+    stored, curve = stored_values(tags), modality_values(tags)
+    shaped = voi_values(curve, tags, policy.index) if policy.voi or policy.scaling == "window" else None
+    return stored, curve if shaped is None else shaped, policy.scaling == "window" and shaped is not None
+
+
 def grey_table(
     raw:np.ndarray, # (h,w) raw patterns, uint8 or uint16; only read for their range
     tags:GreyTags, # what the file says
@@ -208,10 +237,8 @@ def grey_table(
     sampling:Sampling=Sampling(), # how the samples relate to the file's pixels
 )->np.ndarray: # (256,) or (65536,) float32, grey 0 … 255 of every raw pattern
     "Modality, VOI, scaling, inversion and padding composed into one table."
-    stored, curve = stored_values(tags), modality_values(tags)
-    shaped = voi_values(curve, tags, policy.index) if policy.voi or policy.scaling == "window" else None
-    if shaped is not None: curve = shaped
-    if policy.scaling != "window" or shaped is None:
+    stored, curve, is_final = shaped_curve(tags, policy)
+    if not is_final:
         low, high = stored_range(raw, tags, policy, stored, sampling)
         black, white = ends_of_curve(stored, curve, low, high, policy.scaling != "percentile")
         curve = np.clip((curve-black)/(white-black), 0, 1) if white > black else np.zeros(len(curve))
@@ -251,3 +278,39 @@ def equalise(
 )->np.ndarray: # (h,w) uint8
     "Contrast-limited adaptive histogram equalisation on 8×8 tiles (Zuiderveld 1994)."
     return cv2.createCLAHE(clip, (8, 8)).apply(image) if clip else image
+
+# %% ../nbs/05_photometry.ipynb #b8dd2e88
+def shrink_by_extremes(
+    raw:np.ndarray, # (h,w) raw patterns, uint8 or uint16
+    tags:GreyTags, # what the file says
+    policy:Policy, # one that scales by extremes
+    size:tuple[int,int], # (height, width), not larger than the image
+    sampling:Sampling=Sampling(), # how the samples relate to the file's pixels
+)->np.ndarray|None: # size uint8; None: take the long way
+    "Area means and extremes in one pass, scaled afterwards."
+    if (view := plain_view(raw, tags)) is None: return None
+    stored, curve, _ = shaped_curve(tags, policy)
+    base, span = float(curve.min()), float(np.ptp(curve)) or 1.
+    table = over_patterns(((curve-base)/span).astype(np.float32), raw)
+    means, low, high = area_means(raw, table, size, sampling.extent, sampling.scale, sampling.offset, np.float32, view)
+    black, white = ((end-base)/span for end in ends_of_curve(stored, curve, low, high, True)) if high <= stored.max() else (0, 0)
+    if white-black < 1/64: return None
+    if tags.inverted: black, white = white, black
+    return cv2.convertScaleAbs(means.clip(min(black, white), max(black, white), means), alpha=255/(white-black), beta=-255*black/(white-black))
+
+
+def make_greys(
+    raw:np.ndarray, # (h,w) raw patterns, uint8 or uint16
+    tags:GreyTags, # what the file says
+    policy:Policy, # how to scale
+    sizes:list, # (height, width) each, None keeps
+    sampling:Sampling=Sampling(), # how the samples relate to the file's pixels
+)->list[np.ndarray]: # (height,width) uint8 each
+    "The image at several sizes, its greys scaled by `policy`."
+    smaller = [s for s in sizes if s and s[0] <= raw.shape[0] and s[1] <= raw.shape[1]]
+    quick = shrink_by_extremes(raw, tags, policy, smaller[0], sampling) if smaller and scales_by_extremes(policy, tags) else None
+    made = {} if quick is None else {smaller[0]: quick}
+    if set(sizes)-set(made):
+        table = grey_table(raw, tags, policy, sampling)
+        made |= {s: apply_table(raw, table, s, sampling) for s in set(sizes)-set(made)}
+    return [equalise(made[s], policy.clahe) for s in sizes]

@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'Pixels', 'Report', 'grey_of_colour', 'as_patterns', 'locate
            'decode_dicom', 'decode_compressed', 'pydicom_stored', 'decode_picture', 'read_pixels', 'stored_image',
            'cut_out', 'read_radiographs', 'read_radiograph']
 
-# %% ../nbs/07_radiograph.ipynb #6526c3a4
+# %% ../nbs/07_radiograph.ipynb #2b9706b3
 import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 
 from .codecs import CodecFailed, Decoded, Stream, UnreadableImage, check_complete, check_extent, choose_reduction, decode_frame, identify_stream, jpeg_stream
 from .dicomfile import Header, compressed_frame, map_file, native_frame, read_header
-from .photometry import GreyTags, Policy, Sampling, apply_table, as_policy, as_size, equalise, grey_table, over_patterns, stored_values
+from .photometry import GreyTags, Policy, Sampling, as_policy, as_size, make_greys, over_patterns, scales_by_extremes, stored_values
 
 # %% ../nbs/07_radiograph.ipynb #4e840356
 @dataclass(frozen=True)
@@ -99,15 +99,14 @@ def check_frame(
     if (policy.frame or 0) >= header.frames: raise UnreadableImage(f"Policy.frame: expected below {header.frames}, got {policy.frame}")
     return policy.frame or 0
 
-# %% ../nbs/07_radiograph.ipynb #fbe066a5
+# %% ../nbs/07_radiograph.ipynb #1c0ed69c
 def least_size(
     sizes:list, # (height, width) each, None: the file's own
     policy:Policy, # how to scale
     grey:GreyTags, # what the file says
 )->tuple[int, int]|None: # (height, width) that decoding must leave, None: everything
     "How much resolution is needed; never less than the greys need to stay where they are."
-    scales_by_extremes = policy.scaling == "minmax" or policy.scaling == "window" and not (grey.voi_luts or grey.windows)
-    if policy.detail == "full" or None in sizes or scales_by_extremes: return None
+    if policy.detail == "full" or None in sizes or scales_by_extremes(policy, grey): return None
     if grey.padding is not None: return None # padding must not bleed into its neighbours
     factor = 1 if policy.detail == "fast" else 2
     return tuple(max(factor*max(s[i] for s in sizes), 256) for i in (0, 1))
@@ -231,7 +230,7 @@ def stored_image(
     "The stored values of an image, as pydicom's `pixel_array` gives them."
     return over_patterns(stored_values(pixels.grey), pixels.raw)[pixels.raw]
 
-# %% ../nbs/07_radiograph.ipynb #8e970e98
+# %% ../nbs/07_radiograph.ipynb #b709142a
 def cut_out(
     pixels:Pixels, # decoded at full size
     crop:tuple[int,int,int,int], # x1, y1, x2, y2 in pixels of the file
@@ -254,9 +253,8 @@ def read_radiographs(
     if crop is not None: p = cut_out(whole, crop)
     notes = p.notes+(("no VOI LUT or window in the file: minmax was used",) if policy.scaling == "window" and not (p.grey.voi_luts or p.grey.windows) else ())
     sampling = Sampling((p.height, p.width), p.scale, p.offset)
-    try: table = grey_table(p.raw, p.grey, policy, sampling)
+    try: images = make_greys(p.raw, p.grey, policy, sizes, sampling)
     except (ValueError, IndexError) as e: raise UnreadableImage(str(e)) from e
-    images = [equalise(apply_table(p.raw, table, size, sampling), policy.clahe) for size in sizes]
     return images, Report(whole.height, whole.width, p.syntax, p.decoder, p.scale, notes)
 
 # %% ../nbs/07_radiograph.ipynb #04875f6e
