@@ -74,33 +74,36 @@ def add_shared(sums, after, row, table, weight):
         sums[x] += part
         after[x] = value-part
 
-# %% ../nbs/03_area.ipynb #90d921d5
+# %% ../nbs/03_area.ipynb #8c8bc5fb
 @compiled
 def watch_rows(ends, watched, first, end):
     "Widen `ends`, a lowest and a highest value, to the rows from `first` to `end`."
-    low, high = ends[0], ends[1]
-    for y in range(first, end):
+    low, high, y = ends[0], ends[1], first
+    while y+4 <= end:
+        a, b, c, d = watched[y], watched[y+1], watched[y+2], watched[y+3]
+        for x in range(a.shape[0]): low, high = min(low, min(min(a[x], b[x]), min(c[x], d[x]))), max(high, max(max(a[x], b[x]), max(c[x], d[x])))
+        y += 4
+    while y < end:
         row = watched[y]
-        for x in range(row.shape[0]):
-            if row[x] < low: low = row[x]
-            if row[x] > high: high = row[x]
+        for x in range(row.shape[0]): low, high = min(low, row[x]), max(high, row[x])
+        y += 1
     ends[0], ends[1] = low, high
 
-# %% ../nbs/03_area.ipynb #11c09004
+# %% ../nbs/03_area.ipynb #aa59bcbb
 @compiled
-def add_columns(sums, row, left, right, before, after, weight, bias):
-    "Fill one output row with the sums of column spans, times `weight`."
+def add_columns(sums, row, left, right, before, after, weight, bias, low, high):
+    "Fill one output row with the sums of column spans, times `weight`, plus `bias`, clipped."
     for j in range(row.shape[0]):
         s = np.float32(0)
         for x in range(left[j], right[j]): s += sums[x]
         if before[j] > 0: s += before[j]*sums[left[j]-1]
         if after[j] > 0: s += after[j]*sums[right[j]]
-        row[j] = s*weight[j]+bias
+        row[j] = min(max(s*weight[j]+bias, low), high)
 
 
 @compiled
-def shrink(raw, table, out, extent, scale, offset, bias, watched, ends):
-    "Fill `out` with area means of `table[raw]`; `bias` .5 rounds into integers. `ends` become the extremes of `watched`, which has the rows of `raw` or none."
+def shrink(raw, table, out, extent, scale, offset, line, watched, ends):
+    "Fill `out` with area means of `table[raw]`, put on a `line`: gain, bias, lowest, highest. `ends` become the extremes of `watched`, which has the rows of `raw` or none."
     top, bottom, above, below, tall = spans(raw.shape[0], out.shape[0], extent[0], scale, offset)
     left, right, before, after, wide = spans(raw.shape[1], out.shape[1], extent[1], scale, offset)
     sums, rest, full = np.zeros(raw.shape[1], np.float32), np.zeros(raw.shape[1], np.float32), np.float32(1)
@@ -109,11 +112,11 @@ def shrink(raw, table, out, extent, scale, offset, bias, watched, ends):
         add_rows(sums, raw, top[i], bottom[i], table)
         rest[:] = 0
         if below[i] > 0: add_shared(sums, rest, raw[bottom[i]], table, below[i])
-        add_columns(sums, out[i], left, right, before, after, full/(tall[i]*wide), bias)
+        add_columns(sums, out[i], left, right, before, after, line[0]/(tall[i]*wide), line[1], line[2], line[3])
         if len(watched): watch_rows(ends, watched, 0 if i == 0 else bottom[i-1], bottom[i] if i < out.shape[0]-1 else raw.shape[0])
         sums, rest = rest, sums
 
-# %% ../nbs/03_area.ipynb #c2be9da5
+# %% ../nbs/03_area.ipynb #c796fec1
 def area_means(
     raw:np.ndarray, # (h,w) uint8 or uint16 patterns, without a table any numbers
     table:np.ndarray|None, # (256,) or (65536,) float32, value of each pattern; None: the numbers themselves
@@ -121,14 +124,17 @@ def area_means(
     extent:tuple[int,int]|None=None, # (height, width) in full-size pixels, when the decoder reduced
     scale:int=1, # full-size pixels per sample
     offset:float=0., # full-size pixels from a block's centre to its sample
-    dtype:type=np.uint8, # uint8 rounds, float32 does not
+    dtype:type=np.uint8, # uint8 rounds and is clipped to 0 … 255, float32 is neither
     watch:np.ndarray|None=None, # (h,w) `raw`, or a view of it as signed: its extremes are wanted, too
+    gain:float=1., # what means are multiplied by
+    shift:float=0., # what is added then
 )->np.ndarray|tuple: # size, `dtype`; with `watch`: that, its lowest and its highest value
     "Look up and average in one pass."
     if size[0] > raw.shape[0] or size[1] > raw.shape[1]: raise ValueError(f"size: expected at most {raw.shape}, got {size}; enlarge afterwards")
     out, watched = np.empty(size, dtype), np.ascontiguousarray(raw[:0] if watch is None else watch)
     ends = np.array([np.iinfo(watched.dtype).max, np.iinfo(watched.dtype).min], watched.dtype)
-    shrink(np.ascontiguousarray(raw), table, out, extent or raw.shape, float(scale), float(offset), np.float32(.5 if dtype == np.uint8 else 0), watched, ends)
+    line = np.array([gain, shift+.5, 0, 255] if dtype == np.uint8 else [gain, shift, -np.inf, np.inf], np.float32)
+    shrink(np.ascontiguousarray(raw), table, out, extent or raw.shape, float(scale), float(offset), line, watched, ends)
     return out if watch is None else (out, int(ends[0]), int(ends[1]))
 
 # %% ../nbs/03_area.ipynb #186291b8

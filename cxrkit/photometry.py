@@ -6,7 +6,7 @@
 __all__ = ['GreyTags', 'stored_values', 'over_patterns', 'look_up', 'modality_values', 'window_shape', 'voi_values', 'Policy',
            'as_policy', 'Sampling', 'padding_mask', 'plain_view', 'plain_code', 'stored_extremes', 'stored_range',
            'ends_of_curve', 'scales_by_extremes', 'shaped_curve', 'grey_table', 'as_size', 'apply_table', 'equalise',
-           'shrink_by_extremes', 'make_greys']
+           'shrink_by_extremes', 'shrink_by_percentiles', 'make_greys']
 
 # %% ../nbs/05_photometry.ipynb #b89e841a
 from dataclasses import dataclass, fields
@@ -211,7 +211,7 @@ def ends_of_curve(
     a, b = np.interp([low, high], np.roll(stored, -start), np.roll(curve, -start))
     return min(a, b), max(a, b)
 
-# %% ../nbs/05_photometry.ipynb #92f22469
+# %% ../nbs/05_photometry.ipynb #facf5c03
 def scales_by_extremes(
     policy:Policy, # how to scale
     tags:GreyTags, # what the file says
@@ -235,18 +235,18 @@ def grey_table(
     tags:GreyTags, # what the file says
     policy:Policy, # how to scale
     sampling:Sampling=Sampling(), # how the samples relate to the file's pixels
-)->np.ndarray: # (256,) or (65536,) float32, grey 0 … 255 of every raw pattern
-    "Modality, VOI, scaling, inversion and padding composed into one table."
+)->np.ndarray: # (256,) or (65536,) float32, grey of every raw pattern, 0 … 255 between black and white
+    "Modality, VOI, scaling, inversion and padding composed into one table; what lies beyond black and white is clipped after averaging."
     stored, curve, is_final = shaped_curve(tags, policy)
     if not is_final:
         low, high = stored_range(raw, tags, policy, stored, sampling)
         black, white = ends_of_curve(stored, curve, low, high, policy.scaling != "percentile")
-        curve = np.clip((curve-black)/(white-black), 0, 1) if white > black else np.zeros(len(curve))
+        curve = (curve-black)/(white-black) if white > black else np.zeros(len(curve))
     if tags.inverted: curve = 1-curve
     if tags.padding is not None: curve = np.where(padding_mask(tags, stored), curve, 0)
     return over_patterns((curve*255).astype(np.float32), raw)
 
-# %% ../nbs/05_photometry.ipynb #4243d3ea
+# %% ../nbs/05_photometry.ipynb #374bf7d4
 def as_size(
     size:"int|tuple[int,int]", # n means (n, n)
 )->tuple[int, int]: # (height, width)
@@ -259,7 +259,7 @@ def as_size(
 
 def apply_table(
     raw:np.ndarray, # (h,w) raw patterns, uint8 or uint16
-    table:np.ndarray, # (256,) or (65536,) float32, grey 0 … 255 of each raw pattern
+    table:np.ndarray, # (256,) or (65536,) float32, grey of each raw pattern
     size:tuple[int,int]|None, # (height, width), None keeps
     sampling:Sampling=Sampling(), # how the samples relate to the file's pixels
 )->np.ndarray: # (height,width) uint8
@@ -267,7 +267,7 @@ def apply_table(
     small = size and (min(size[0], raw.shape[0]), min(size[1], raw.shape[1]))
     if size is None or small == raw.shape and sampling.scale == 1:
         out = np.empty(raw.shape, np.uint8)
-        look_up_all(raw, np.rint(table).astype(np.uint8), out)
+        look_up_all(raw, np.rint(table.clip(0, 255)).astype(np.uint8), out)
     else: out = area_means(raw, table, small, sampling.extent, sampling.scale, sampling.offset)
     return out if size is None or size == out.shape else cv2.resize(out, size[::-1], interpolation=cv2.INTER_LINEAR)
 
@@ -279,7 +279,7 @@ def equalise(
     "Contrast-limited adaptive histogram equalisation on 8×8 tiles (Zuiderveld 1994)."
     return cv2.createCLAHE(clip, (8, 8)).apply(image) if clip else image
 
-# %% ../nbs/05_photometry.ipynb #b8dd2e88
+# %% ../nbs/05_photometry.ipynb #8d18cfd7
 def shrink_by_extremes(
     raw:np.ndarray, # (h,w) raw patterns, uint8 or uint16
     tags:GreyTags, # what the file says
@@ -296,7 +296,25 @@ def shrink_by_extremes(
     black, white = ((end-base)/span for end in ends_of_curve(stored, curve, low, high, True)) if high <= stored.max() else (0, 0)
     if white-black < 1/64: return None
     if tags.inverted: black, white = white, black
-    return cv2.convertScaleAbs(means.clip(min(black, white), max(black, white), means), alpha=255/(white-black), beta=-255*black/(white-black))
+    return cv2.convertScaleAbs(means, alpha=255/(white-black), beta=-255*black/(white-black))
+
+
+def shrink_by_percentiles(
+    raw:np.ndarray, # (h,w) raw patterns, uint8 or uint16
+    tags:GreyTags, # what the file says
+    policy:Policy, # one that scales by percentiles
+    sizes:list, # (height, width) each, not larger than the image
+    sampling:Sampling=Sampling(), # how the samples relate to the file's pixels
+)->list|None: # (height,width) uint8 each; None: take the long way
+    "Area means of the numbers themselves, scaled and clipped."
+    if tags.modality_lut is not None or policy.voi and (tags.voi_luts or tags.windows): return None
+    if (view := plain_view(raw, tags)) is None or not tags.slope: return None
+    means, high = plain_means(view, sampling.extent, sampling.scale, sampling.offset)
+    if high > stored_values(tags).max(): return None
+    black, white = np.percentile(means, (policy.low, policy.high)).tolist()
+    if tags.inverted != (tags.slope < 0): black, white = white, black
+    gain, shift = (255/(white-black), -255*black/(white-black)) if white != black else (0., 255.*tags.inverted)
+    return [area_means(view, None, s, sampling.extent, sampling.scale, sampling.offset, gain=gain, shift=shift) for s in sizes]
 
 
 def make_greys(
@@ -307,9 +325,10 @@ def make_greys(
     sampling:Sampling=Sampling(), # how the samples relate to the file's pixels
 )->list[np.ndarray]: # (height,width) uint8 each
     "The image at several sizes, its greys scaled by `policy`."
-    smaller = [s for s in sizes if s and s[0] <= raw.shape[0] and s[1] <= raw.shape[1]]
-    quick = shrink_by_extremes(raw, tags, policy, smaller[0], sampling) if smaller and scales_by_extremes(policy, tags) else None
-    made = {} if quick is None else {smaller[0]: quick}
+    smaller, images = [s for s in sizes if s and s[0] <= raw.shape[0] and s[1] <= raw.shape[1]], None
+    if smaller and policy.scaling == "percentile": images = shrink_by_percentiles(raw, tags, policy, smaller, sampling)
+    elif smaller and scales_by_extremes(policy, tags): images = [shrink_by_extremes(raw, tags, policy, smaller[0], sampling)]
+    made = {s: i for s, i in zip(smaller, images or []) if i is not None}
     if set(sizes)-set(made):
         table = grey_table(raw, tags, policy, sampling)
         made |= {s: apply_table(raw, table, s, sampling) for s in set(sizes)-set(made)}

@@ -175,7 +175,7 @@ def test_luts_equal_pydicom(first, n, bits, signed, seed):
 def test_the_two_monochrome_readings_are_inverses(bits, signed, scaling, voi, seed):
     raw = phantom(bits=bits, seed=seed).astype(np.uint16)
     tables = [grey_table(raw, GreyTags(bits, signed, inverted, windows=((100., 300.),)), Policy(scaling, voi=voi)) for inverted in (False, True)]
-    np.testing.assert_allclose(tables[0]+tables[1], 255, atol=1e-4)
+    np.testing.assert_allclose(tables[0]+tables[1], 255, atol=1e-4+1e-6*np.abs(tables[0]).max()) # beyond black and white they are large, and clipped after averaging
 
 
 @given(bits=st.integers(1, 16), signed=st.booleans(), wide=st.booleans(), seed=st.integers(0, 99))
