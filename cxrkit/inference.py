@@ -7,9 +7,10 @@ __all__ = ['check_task', 'find_devices', 'load_models', 'predict_model', 'predic
            'split_studies', 'predict_side_by_side', 'Chunk', 'take', 'end_of_chunk', 'finish', 'predict_stream',
            'smoke_test', 'Count', 'keep_tables']
 
-# %% ../nbs/27_inference.ipynb #44e0b9f1
-import os, resource, time
+# %% ../nbs/27_inference.ipynb #ff2fd83c
+import ctypes, os, resource, time
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -198,7 +199,14 @@ def finish(
     cls_preds, box_preds = combine(images, tables["cls_preds"], tables["box_preds"], tables["coverage"])
     return cls_preds, clip_to_images(box_preds, images) if len(box_preds) else box_preds
 
-# %% ../nbs/27_inference.ipynb #614e38ed
+# %% ../nbs/27_inference.ipynb #498e1037
+@lru_cache
+def _trim():
+    "glibc's malloc_trim, or nothing where there is none."
+    try: return ctypes.CDLL("libc.so.6").malloc_trim
+    except (OSError, AttributeError): return lambda pad: 0
+
+# %% ../nbs/27_inference.ipynb #38593f8d
 def predict_stream(
     models:list[dict], # entries of a package's manifest
     tasks:list[dict], # of `load_models`
@@ -231,6 +239,7 @@ def predict_stream(
         now = time.perf_counter()
         if len(found): pace.note(len(rows), looks, decode, max(0., now-last-waited-networks))
         start, last = start+len(rows), now
+        _trim()(0)
 
 # %% ../nbs/27_inference.ipynb #47d09d50
 def smoke_test(

@@ -133,7 +133,7 @@ def memory_of(
         except (OSError, ValueError): pass
     return total
 
-# %% ../nbs/36_sandbox.ipynb #712e9d7c
+# %% ../nbs/36_sandbox.ipynb #2f7d4219
 @dataclass(frozen=True)
 class Outcome:
     "How a program ended."
@@ -147,7 +147,7 @@ class Outcome:
 def watch(
     process:subprocess.Popen, # in a process group of its own
     seconds:float, # it may take; then it is killed
-    every:float=.5, # seconds between two looks
+    every:float=.2, # seconds between two looks; a short run needs them as a long one does
 )->int: # peak memory, bytes
     "Wait for a process, and note the most memory it had."
     until, peak = time.monotonic()+seconds, 0

@@ -6,8 +6,9 @@
 __all__ = ['GRAMMARS', 'SubmissionError', 'infer_grammar', 'read_predictions', 'parse_submission', 'check_submission',
            'write_submission', 'keep_labels', 'record_submission', 'submission_gaps']
 
-# %% ../nbs/14_submit.ipynb #44e0b9f1
+# %% ../nbs/14_submit.ipynb #c134ef7a
 import os, tempfile, warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -46,13 +47,13 @@ def _as_frame(table, name):
     if not path.is_file(): raise SubmissionError(f"{name}: no file {path}")
     return pd.read_csv(path, dtype=str, keep_default_na=False)
 
-# %% ../nbs/14_submit.ipynb #74c8413d
-def _read_words(submission, grammar):
-    "Row of each prediction, and the words as numbers; errors name the row."
+# %% ../nbs/14_submit.ipynb #b104c984
+def _read_words(submission, grammar, first=0):
+    "Row of each prediction, and the words as numbers; errors name the row, counted from `first`."
     from cxrkit.parsing import parse_rows
     texts = submission.iloc[:, 1].fillna("").astype(str).tolist()
     words = parse_rows(texts, len(grammar), grammar.index("label") if "label" in grammar else -1)
-    where = lambda row: f"row {row} (id {submission.iloc[row, 0]!r})"
+    where = lambda row: f"row {first+row} (id {submission.iloc[row, 0]!r})"
     if (uneven := np.flatnonzero(words.counts % len(grammar))).size:
         raise SubmissionError(f"{where(uneven[0])}: {words.counts[uneven[0]]} words are not a multiple of {len(grammar)} ({' '.join(grammar)}): {texts[uneven[0]][:80]!r}")
     rows = np.repeat(np.arange(len(texts)), words.counts//len(grammar))
@@ -61,15 +62,16 @@ def _read_words(submission, grammar):
         raise SubmissionError(f"{where(rows[at//len(grammar)])}: {grammar[at % len(grammar)]} is {spelling!r}, expected a number")
     return rows, words
 
-# %% ../nbs/14_submit.ipynb #fbe066a5
+# %% ../nbs/14_submit.ipynb #6b5967c8
 def read_predictions(
     submission:pd.DataFrame, # id, PredictionString
     grammar:tuple[str,...], # words of one prediction
+    first:int=0, # number of the first row, where these are some of a submission's
 )->pd.DataFrame: # row (of the submission), id, and a column for each word of the grammar; one row a prediction
     "Split prediction strings into rows."
-    rows, words = _read_words(submission, grammar)
+    rows, words = _read_words(submission, grammar, first)
     columns = {w: _take(words.labels, words.values[:, i].astype(int)) if w == "label" else words.values[:, i] for i, w in enumerate(grammar)}
-    return pd.DataFrame({"row": rows, "id": _take(submission.iloc[:, 0].to_numpy(object), rows), **columns})
+    return pd.DataFrame({"row": first+rows, "id": _take(submission.iloc[:, 0].to_numpy(object), rows), **columns})
 
 
 def _take(names, codes):
@@ -159,8 +161,8 @@ def _check_labels(rows, levels, spec):
         allowed = set(labels) | (set(spec.box_labels) if name == "image" else set())
         _refuse(rows, (level == name) & ~rows["label"].isin(allowed).to_numpy(), f"labels of level {name!r} ({', '.join(sorted(allowed))}) on ids that end in _{name}")
 
-# %% ../nbs/14_submit.ipynb #04875f6e
-def _check_boxes(rows, ids, levels, images):
+# %% ../nbs/14_submit.ipynb #d27c382b
+def _check_boxes(rows, levels, sizes):
     "Finite scores within 0…1, corners in order, boxes inside their image."
     _refuse(rows, ~np.isfinite(rows["score"]), "finite scores")
     _refuse(rows, ~rows["score"].between(0, 1), "scores within 0…1")
@@ -169,44 +171,62 @@ def _check_boxes(rows, ids, levels, images):
     corners = np.stack(_side_columns(rows[words].to_numpy(), words), axis=1)
     _refuse(rows, ~np.isfinite(corners).all(1), "finite coordinates")
     _refuse(rows, (corners[:, :2] >= corners[:, 2:]).any(1), "width and height above 0" if "w" in rows else "x1 < x2 and y1 < y2")
-    if images is None: return
-    size = images.drop_duplicates("image_id").set_index("image_id")[["width", "height"]].reindex(ids).to_numpy(float)[rows["row"]]
+    if sizes is None: return
+    size = sizes[rows["row"]]
     boxes = (corners != [0, 0, 1, 1]).any(1) & np.isin(levels, ["", "image"])[rows["row"]]
     _refuse(rows, boxes & np.isnan(size[:, 0]), "ids of images whose size is known")
     _refuse(rows, boxes & ((corners[:, :2] < -1) | (corners[:, 2:] > size+1)).any(1), "boxes inside their image, in pixels of the original; were boxes of the resized image written, or x and y swapped?")
 
-# %% ../nbs/14_submit.ipynb #c3c5b5b7
-def _border_report(rows, ids, levels, images):
-    "Boxes at the border of their image; a warning where many end at one coordinate that is no border."
+# %% ../nbs/14_submit.ipynb #f7d17f34
+def _count_ends(rows, levels, sizes, ends):
+    "Add to `ends`, a Counter for x and one for y, where boxes end inside their image; how many end at its border."
     words = [c for c in rows.columns if c not in ("row", "id", "label")]
-    x2, y2 = _side_columns(rows[words].to_numpy(), words)[2:]
-    size = images.drop_duplicates("image_id").set_index("image_id")[["width", "height"]].reindex(ids).to_numpy(float)[rows["row"]]
-    at_border = (np.abs(x2-size[:, 0]) < 1) | (np.abs(y2-size[:, 1]) < 1)
-    for name, ends, limit in (("x", x2, size[:, 0]), ("y", y2, size[:, 1])):
-        inside = ends[np.isin(levels, ["", "image"])[rows["row"]] & (np.abs(ends-limit) >= 1) & (ends > 1)]
-        values, counts = np.unique(np.round(inside), return_counts=True)
-        if len(inside) >= 20 and counts.max() > .2*len(inside):
-            warnings.warn(f"predictions: {counts.max()} of {len(inside)} boxes end at {name} = {values[counts.argmax()]:g}, which is not the border of their images; were they clipped to the size of another image?", stacklevel=3)
+    size, at_border = sizes[rows["row"]], np.zeros(len(rows), bool)
+    for counter, end, limit in zip(ends, _side_columns(rows[words].to_numpy(), words)[2:], size.T):
+        at_border |= np.abs(end-limit) < 1
+        inside = end[np.isin(levels, ["", "image"])[rows["row"]] & (np.abs(end-limit) >= 1) & (end > 1)]
+        counter.update(dict(zip(*(x.tolist() for x in np.unique(np.round(inside), return_counts=True)))))
     return int(at_border.sum())
 
-# %% ../nbs/14_submit.ipynb #95f5ba03
+
+def _warn_of_clipping(ends):
+    "A warning where many boxes end at one coordinate that is no border."
+    for name, counter in zip("xy", ends):
+        (value, count), = counter.most_common(1) or [(0, 0)]
+        if counter.total() >= 20 and count > .2*counter.total():
+            warnings.warn(f"predictions: {count} of {counter.total()} boxes end at {name} = {value:g}, which is not the border of their images; were they clipped to the size of another image?", stacklevel=3)
+
+# %% ../nbs/14_submit.ipynb #3c626e98
+def _shares(texts, most):
+    "Cut strings into runs of about `most` characters: first and end of each."
+    cuts = np.flatnonzero(np.diff(np.cumsum([len(t) for t in texts], dtype=np.int64)//most))+1
+    return list(zip([0, *cuts.tolist()], [*cuts.tolist(), len(texts)]))
+
+# %% ../nbs/14_submit.ipynb #6cd19b94
 def check_submission(
     submission, # DataFrame or CSV file to hand in
     sample, # the competition's sample submission, DataFrame or CSV file
     spec=None, # CompSpec: labels and grammar; None: judged from the sample
     images:pd.DataFrame|None=None, # `images`: sizes, to check that boxes are inside
+    share:int=2_000_000, # characters of predictions looked at at a time
 )->pd.Series: # what was found: rows, empty_rows, predictions, at_border (with images), then predictions per label
     "Refuse a submission that Kaggle would refuse or score wrongly, and describe one that is fine."
     submission, sample = _as_frame(submission, "submission"), _as_frame(sample, "sample")
     _check_frame(submission, sample)
-    rows = read_predictions(submission, spec.grammar if spec else infer_grammar(sample))
-    ids, levels = _split_ids(submission.iloc[:, 0], spec)
-    _check_labels(rows, levels, spec)
-    _check_boxes(rows, ids, levels, images)
-    texts = submission.iloc[:, 1].fillna("").astype(str)
-    report = {"rows": len(submission), "empty_rows": int((texts.str.strip() == "").sum()), "predictions": len(rows)}
-    if images is not None and len(rows): report["at_border"] = _border_report(rows, ids, levels, images)
-    if "label" in rows: report.update(rows["label"].value_counts().sort_index().to_dict())
+    grammar, (ids, levels), texts = spec.grammar if spec else infer_grammar(sample), _split_ids(submission.iloc[:, 0], spec), submission.iloc[:, 1].fillna("").astype(str)
+    sizes = None if images is None else images.drop_duplicates("image_id").set_index("image_id")[["width", "height"]].reindex(ids).to_numpy(float)
+    n, at_border, labels, ends = 0, 0, Counter(), (Counter(), Counter())
+    for first, end in _shares(texts, share):
+        rows = read_predictions(submission.iloc[first:end], grammar, first)
+        _check_labels(rows, levels, spec)
+        _check_boxes(rows, levels, sizes)
+        n += len(rows)
+        if sizes is not None and len(rows): at_border += _count_ends(rows, levels, sizes, ends)
+        if "label" in rows: labels.update(rows["label"].value_counts().to_dict())
+    _warn_of_clipping(ends)
+    report = {"rows": len(submission), "empty_rows": int((texts.str.strip() == "").sum()), "predictions": n}
+    if sizes is not None and n: report["at_border"] = at_border
+    report.update(sorted(labels.items()))
     return pd.Series(report, name="submission")
 
 # %% ../nbs/14_submit.ipynb #614e38ed
