@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['THREAD_VARIABLES', 'DIE_WITH_PARENT', 'BUSY', 'MOVED', 'COLOURS', 'visible_gpus', 'machine_slots',
-           'child_environment', 'own_kernel', 'run_notebook', 'child_main', 'explain_failure', 'Task', 'Launch',
-           'settle_task', 'is_busy', 'start_task', 'collect_task', 'advance', 'progress_of', 'clock', 'status_table',
-           'tell_events', 'watch', 'stop_children', 'run_sweep', 'preview']
+           'child_environment', 'own_kernel', 'start_patiently', 'run_notebook', 'child_main', 'explain_failure',
+           'Task', 'Launch', 'settle_task', 'is_busy', 'start_task', 'collect_task', 'advance', 'progress_of', 'clock',
+           'status_table', 'tell_events', 'watch', 'stop_children', 'run_sweep', 'preview']
 
 # %% ../nbs/32_sweep.ipynb #44e0b9f1
 import json, os, re, shutil, signal, subprocess, sys, time, traceback
@@ -77,7 +77,19 @@ def own_kernel()->type: # for papermill's `kernel_manager_class`
         def _kernel_spec_manager_default(self): return ThisPython()
     return OwnKernel
 
-# %% ../nbs/32_sweep.ipynb #fbe066a5
+# %% ../nbs/32_sweep.ipynb #2d3d4c98
+def start_patiently(
+    execute, # starts a kernel and runs a notebook
+    tries:int=3, # kernels that may die before their first word
+)->None:
+    "Call `execute` again when its kernel died at the start."
+    for left in reversed(range(tries)):
+        try: return execute()
+        except RuntimeError as e:
+            if "Kernel died before replying" not in str(e) or not left: raise
+        time.sleep(1)
+
+# %% ../nbs/32_sweep.ipynb #820e176e
 BUSY, MOVED = 75, 76 # exit codes of a child: somebody else is at work; the code was edited while it started
 
 
@@ -90,7 +102,7 @@ def run_notebook(
     sys.modules.setdefault("rfc3987_syntax", None) # optional for jsonschema, which would build its grammar of web addresses for 1.7 s
     import papermill
     launch = lock_folder(partial, ".launch")
-    papermill.execute_notebook(notebook, str(partial/"notebook.ipynb"), parameters=dict(params), kernel_name="python3", language="python", kernel_manager_class=own_kernel())
+    start_patiently(lambda: papermill.execute_notebook(notebook, str(partial/"notebook.ipynb"), parameters=dict(params), kernel_name="python3", language="python", kernel_manager_class=own_kernel()))
     if not (partial/".ready").is_file(): raise RuntimeError(f"{notebook} came to its end without run.seal(); a flow ends with it")
     identity = json.loads((partial/".ready").read_text())
     for attempt in range(100):
