@@ -7,7 +7,7 @@ __all__ = ['FORMATS', 'HEADER', 'size_name', 'image_file', 'encode_image', 'writ
            'source_mark', 'check_row', 'check_size', 'cache_one', 'store_blank', 'warm_up', 'Cache', 'load_tables',
            'read_cached', 'open_cache', 'check_policy']
 
-# %% ../nbs/09_imagecache.ipynb #6526c3a4
+# %% ../nbs/09_imagecache.ipynb #12d35ad6
 import difflib, json, os, zlib
 from pathlib import Path
 from urllib.parse import quote
@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 
 from .losslessjpeg import PEEK, decode_rows, unstuff
-from .photometry import Policy, apply_table, as_policy, as_size, grey_table, GreyTags
+from .photometry import GreyTags, Policy, as_policy, as_size, make_greys
 from .radiograph import UnreadableImage, read_radiographs
 
 # %% ../nbs/09_imagecache.ipynb #4e840356
@@ -165,13 +165,14 @@ def store_blank(
     crop = " ".join(map(str, row["crop"] or (0, 0, width, height)))
     return dict(image_id=row["image_id"], slot=row["slot"], height=height, width=width, crop=crop, syntax="", decoder="blank", reduced=1, notes="", source="", crc="")
 
-# %% ../nbs/09_imagecache.ipynb #75ea117a
+# %% ../nbs/09_imagecache.ipynb #d390f9b7
 def warm_up()->None:
     "Compile the functions that every file passes through."
     for dtype in (np.uint8, np.uint16):
-        raw, tags = np.zeros((4, 6), dtype), GreyTags(8)
+        raw = np.zeros((4, 6), dtype)
         for pixels in (raw, np.frombuffer(raw.tobytes(), dtype).reshape(4, 6)): # the second is read-only, as pixels are that need no decoding: another type for numba
-            for size in (None, (2, 3)): apply_table(pixels, grey_table(pixels, tags, Policy()), size)
+            for signed in (False, True):
+                for policy in (Policy(), Policy("minmax")): make_greys(pixels, GreyTags(8*raw.itemsize, signed), policy, [None, (2, 3)])
         decode_rows(np.zeros(2, np.uint32), 0, np.zeros(1 << PEEK, np.int32), np.zeros(1 << 16, np.int32), raw, np.int64(0), np.int64(PEEK))
     for packed in (np.zeros(4, np.uint8), np.frombuffer(b"0000", np.uint8)): unstuff(packed, np.zeros(4, np.uint8))
 

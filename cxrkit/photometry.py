@@ -279,7 +279,7 @@ def equalise(
     "Contrast-limited adaptive histogram equalisation on 8×8 tiles (Zuiderveld 1994)."
     return cv2.createCLAHE(clip, (8, 8)).apply(image) if clip else image
 
-# %% ../nbs/05_photometry.ipynb #8d18cfd7
+# %% ../nbs/05_photometry.ipynb #ed9a8c37
 def shrink_by_extremes(
     raw:np.ndarray, # (h,w) raw patterns, uint8 or uint16
     tags:GreyTags, # what the file says
@@ -298,7 +298,7 @@ def shrink_by_extremes(
     if tags.inverted: black, white = white, black
     return cv2.convertScaleAbs(means, alpha=255/(white-black), beta=-255*black/(white-black))
 
-
+# %% ../nbs/05_photometry.ipynb #0bd7cfb4
 def shrink_by_percentiles(
     raw:np.ndarray, # (h,w) raw patterns, uint8 or uint16
     tags:GreyTags, # what the file says
@@ -316,7 +316,7 @@ def shrink_by_percentiles(
     gain, shift = (255/(white-black), -255*black/(white-black)) if white != black else (0., 255.*tags.inverted)
     return [area_means(view, None, s, sampling.extent, sampling.scale, sampling.offset, gain=gain, shift=shift) for s in sizes]
 
-
+# %% ../nbs/05_photometry.ipynb #6b926477
 def make_greys(
     raw:np.ndarray, # (h,w) raw patterns, uint8 or uint16
     tags:GreyTags, # what the file says
