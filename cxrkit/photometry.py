@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GreyTags', 'stored_values', 'over_patterns', 'look_up', 'modality_values', 'window_shape', 'voi_values', 'Policy',
-           'as_policy', 'Sampling', 'padding_mask', 'plain_view', 'plain_code', 'stored_extremes', 'stored_range',
-           'ends_of_curve', 'scales_by_extremes', 'shaped_curve', 'grey_table', 'as_size', 'apply_table', 'equalise',
-           'shrink_by_extremes', 'shrink_by_percentiles', 'make_greys']
+           'as_policy', 'Sampling', 'padding_mask', 'plain_view', 'plain_code', 'stored_extremes', 'plain_range',
+           'stored_range', 'ends_of_curve', 'scales_by_extremes', 'shaped_curve', 'grey_table', 'as_size',
+           'apply_table', 'equalise', 'shrink_by_extremes', 'shrink_by_percentiles', 'make_greys']
 
 # %% ../nbs/05_photometry.ipynb #b89e841a
 from dataclasses import dataclass, fields
@@ -178,7 +178,19 @@ def stored_extremes(
         if high < 1 << tags.bits: return int(low), int(high)
     return plain_extremes(raw, *plain_code(tags))
 
-# %% ../nbs/05_photometry.ipynb #8c029b2b
+# %% ../nbs/05_photometry.ipynb #1b0a73d0
+def plain_range(
+    raw:np.ndarray, # (h,w) raw patterns, uint8 or uint16
+    tags:GreyTags, # what the file says
+    policy:Policy, # its percentiles
+    sampling:Sampling, # how the samples relate to the file's pixels
+)->tuple[float, float]|None: # stored values; None: patterns are not values here
+    "The percentiles of an image whose patterns are its values: no padding, no sign bit among other bits, no unused bits set."
+    if (view := plain_view(raw, tags)) is None: return None
+    means, high = plain_means(view, sampling.extent, sampling.scale, sampling.offset)
+    return tuple(np.percentile(means, (policy.low, policy.high)).tolist()) if high <= stored_values(tags).max() else None
+
+# %% ../nbs/05_photometry.ipynb #1b81aac4
 def stored_range(
     raw:np.ndarray, # (h,w) raw patterns, uint8 or uint16
     tags:GreyTags, # what the file says
@@ -188,11 +200,10 @@ def stored_range(
 )->tuple[float, float]: # stored values
     "The stored values that become black and white, before modality and VOI."
     if policy.scaling == "percentile":
-        means, high = plain_means(view, sampling.extent, sampling.scale, sampling.offset) if (view := plain_view(raw, tags)) is not None else (None, 0)
-        if means is None or high > stored.max(): # padding, a sign bit among the others, or high bits set
-            inside = np.ones(len(stored), bool) if tags.padding is None else padding_mask(tags, stored)
-            means = grid_means(raw, over_patterns(stored, raw), over_patterns(inside, raw), sampling.extent, sampling.scale, sampling.offset)
-        if len(means): return tuple(float(v) for v in np.percentile(means, (policy.low, policy.high)))
+        if (ends := plain_range(raw, tags, policy, sampling)) is not None: return ends
+        inside = np.ones(len(stored), bool) if tags.padding is None else padding_mask(tags, stored)
+        means = grid_means(raw, over_patterns(stored, raw), over_patterns(inside, raw), sampling.extent, sampling.scale, sampling.offset)
+        if len(means): return tuple(np.percentile(means, (policy.low, policy.high)).tolist())
     return stored_extremes(raw, tags, stored)
 
 # %% ../nbs/05_photometry.ipynb #95f5ba03
@@ -298,7 +309,7 @@ def shrink_by_extremes(
     if tags.inverted: black, white = white, black
     return cv2.convertScaleAbs(means, alpha=255/(white-black), beta=-255*black/(white-black))
 
-# %% ../nbs/05_photometry.ipynb #0bd7cfb4
+# %% ../nbs/05_photometry.ipynb #c41a93b6
 def shrink_by_percentiles(
     raw:np.ndarray, # (h,w) raw patterns, uint8 or uint16
     tags:GreyTags, # what the file says
@@ -308,12 +319,11 @@ def shrink_by_percentiles(
 )->list|None: # (height,width) uint8 each; None: take the long way
     "Area means of the numbers themselves, scaled and clipped."
     if tags.modality_lut is not None or policy.voi and (tags.voi_luts or tags.windows): return None
-    if (view := plain_view(raw, tags)) is None or not tags.slope: return None
-    means, high = plain_means(view, sampling.extent, sampling.scale, sampling.offset)
-    if high > stored_values(tags).max(): return None
-    black, white = np.percentile(means, (policy.low, policy.high)).tolist()
+    if not tags.slope or (ends := plain_range(raw, tags, policy, sampling)) is None: return None
+    black, white = ends
     if tags.inverted != (tags.slope < 0): black, white = white, black
     gain, shift = (255/(white-black), -255*black/(white-black)) if white != black else (0., 255.*tags.inverted)
+    view = plain_view(raw, tags)
     return [area_means(view, None, s, sampling.extent, sampling.scale, sampling.offset, gain=gain, shift=shift) for s in sizes]
 
 # %% ../nbs/05_photometry.ipynb #6b926477
